@@ -1,0 +1,1 @@
+"""Number formats, reference ops and the loader of the CUDA kernels."""
