@@ -1,0 +1,59 @@
+# Every developer command. `make help` lists them.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+# A plain python3 that is new enough, else the newest python3.x on PATH.
+PYTHON ?= $(or $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' \
+	&& echo $$p && break; done),python3)
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.dsv4-maxq
+PROFILE ?= cpu-tiny
+PORT ?= 8000
+
+.PHONY: help setup demo test test-gpu lint patches-check patches-mutation serve tiny-train clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
+
+setup: $(STAMP) ## make .venv: the CPU engine at its pin, patched, and this project
+
+$(STAMP): $(wildcard requirements/*.txt requirements/*.in patches/vllm.lock patches/series patches/*.patch) \
+		pyproject.toml scripts/setup_env.py patches/patchq.py
+	@echo "setup: $(PYTHON)"
+	@$(PYTHON) scripts/setup_env.py --venv $(VENV)
+	@touch $@
+
+demo: $(STAMP) ## serve the tiny model without and with MTP, compare, print a table
+	@$(PY) -m bench.demo
+
+test: $(STAMP) ## every test that needs no GPU
+	@$(PY) -m pytest -q -m "not gpu"
+
+test-gpu: $(STAMP) ## the tests that need a CUDA device
+	@$(PY) -m pytest -q -m gpu
+
+lint: $(STAMP) ## ruff, formatting, patch headers
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) patches/patchq.py lint
+
+patches-check: $(STAMP) ## lint the series and compare the installed engine with it
+	@$(PY) patches/patchq.py lint
+	@$(PY) patches/patchq.py verify --root "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
+
+patches-mutation: $(STAMP) ## take out each patch in turn: its guard test must fail
+	@$(PY) patches/patchq.py mutation
+
+serve: $(STAMP) ## serve PROFILE (cpu-tiny) on PORT (8000)
+	@$(PY) -m serve run --profile $(PROFILE) --port $(PORT)
+
+tiny-train: $(STAMP) ## train the tiny checkpoint again
+	@$(PY) -m tiny.train
+
+clean: ## remove .venv, caches and demo output
+	rm -rf $(VENV) .cache .demo build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
