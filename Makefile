@@ -19,13 +19,15 @@ PORT ?= 8000
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
-setup: $(STAMP) ## make .venv: the CPU engine at its pin, patched, and this project
-
-$(STAMP): $(wildcard requirements/*.txt requirements/*.in patches/vllm.lock patches/series patches/*.patch) \
-		pyproject.toml scripts/setup_env.py patches/patchq.py
-	@echo "setup: $(PYTHON)"
+setup: ## make .venv: the CPU engine at its pin, patched, and this project
+	@echo "setup: with $(PYTHON)"
 	@$(PYTHON) scripts/setup_env.py --venv $(VENV)
-	@touch $@
+	@touch $(STAMP)
+
+# The other targets set up when something that setup reads has changed.
+$(STAMP): $(wildcard requirements/*.txt patches/series patches/*.patch) patches/vllm.lock \
+		pyproject.toml scripts/setup_env.py
+	@$(MAKE) setup
 
 demo: $(STAMP) ## serve the tiny model without and with MTP, compare, print a table
 	@$(PY) -m bench.demo

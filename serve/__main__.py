@@ -1,0 +1,75 @@
+"""`python -m serve`: check the profile, the checkpoint and the engine, then become vLLM."""
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from serve.checkpoint import check_checkpoint
+from serve.command import vllm_command
+from serve.engine import REPOSITORY, check_engine
+from serve.environment import added_environment, engine_environment
+from serve.errors import ServeError
+from serve.profiles import MAX_SPECULATIVE_TOKENS, load_profile, profile_names
+
+
+def run(arguments: argparse.Namespace) -> NoReturn | None:
+    """load_profile -> command -> (print | check_checkpoint -> check_engine -> exec)."""
+    profile = load_profile(arguments.profile)
+    model = arguments.model or REPOSITORY / profile.model
+    num_speculative_tokens = arguments.num_speculative_tokens
+    if num_speculative_tokens is None:
+        num_speculative_tokens = profile.num_speculative_tokens
+    command = vllm_command(profile, model, arguments.host, arguments.port, num_speculative_tokens)
+    env = engine_environment(profile)
+    shown = [f"{name}={value}" for name, value in sorted(added_environment(profile).items())]
+    print(shlex.join(shown + command), flush=True)
+    if arguments.dry_run:
+        return None
+    check_checkpoint(model, num_speculative_tokens)
+    check_engine()
+    os.execve(command[0], command, env)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line; a bad value ends with exit status 2."""
+    parser = argparse.ArgumentParser(prog="python -m serve", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run_parser = commands.add_parser("run", help="check everything, then serve")
+    run_parser.add_argument("--profile", required=True, help=f"one of {profile_names()}")
+    run_parser.add_argument("--host", default="127.0.0.1")
+    run_parser.add_argument("--port", type=port, default=8000)
+    run_parser.add_argument("--model", type=Path, metavar="DIR", help="instead of the profile's")
+    run_parser.add_argument(
+        "--num-speculative-tokens",
+        type=int,
+        choices=range(MAX_SPECULATIVE_TOKENS + 1),
+        help="instead of the profile's; 0 serves without MTP",
+    )
+    run_parser.add_argument("--dry-run", action="store_true", help="print the command only")
+    return parser.parse_args(argv)
+
+
+def port(text: str) -> int:
+    """Parse a TCP port."""
+    value = int(text)
+    if not 1 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"port {value}; must be in 1..65535")
+    return value
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    arguments = parse_arguments(argv)
+    try:
+        run(arguments)
+    except ServeError as error:
+        print(f"serve: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

