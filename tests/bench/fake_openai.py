@@ -1,0 +1,130 @@
+"""A small OpenAI server in a thread, with vLLM's counters, for tests of the client and demo."""
+
+import asyncio
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from aiohttp import web
+
+
+@dataclass
+class FakeEngine:
+    """What the server does. `accepts` MTP drafts are accepted of every two passes."""
+
+    num_speculative_tokens: int = 0
+    accept_every: int = 2  # every n-th draft is accepted; 0: none
+    change_token: int | None = None  # answer another token at this position
+    status: int = 200
+    token_ids: bool = True
+    usage: bool = True
+    error_after: int | None = None  # an error event after so many chunks
+
+    def __post_init__(self) -> None:
+        self.passes = self.generated = self.drafts = self.accepted = 0
+        self.bodies: list[dict] = []
+
+    def answer(self, prompt: str, count: int) -> list[int]:
+        """The tokens for a prompt: a function of the prompt alone, but for `change_token`."""
+        tokens = [(sum(prompt.encode()) + 7 * i) % 26 for i in range(count)]
+        if self.change_token is not None:
+            tokens[self.change_token] = (tokens[self.change_token] + 1) % 26
+        return tokens
+
+    def chunks(self, tokens: list[int]) -> Iterator[list[int]]:
+        """One list of tokens per forward pass, counted as vLLM counts."""
+        at = 0
+        while at < len(tokens):
+            self.passes += 1
+            step = 1
+            if self.num_speculative_tokens and at:
+                self.drafts += 1
+                if self.accept_every and self.drafts % self.accept_every == 0:
+                    self.accepted += 1
+                    step = 2
+            self.generated += len(tokens[at : at + step])
+            yield tokens[at : at + step]
+            at += step
+
+    def metrics_page(self) -> str:
+        """The counters as Prometheus text."""
+        labels = '{engine="0",model_name="fake"}'
+        rows = {
+            "vllm:iteration_tokens_total_count": self.passes,
+            "vllm:generation_tokens_total": self.generated,
+        }
+        if self.num_speculative_tokens:
+            rows["vllm:spec_decode_num_drafts_total"] = self.drafts
+            rows["vllm:spec_decode_num_draft_tokens_total"] = self.drafts
+            rows["vllm:spec_decode_num_accepted_tokens_total"] = self.accepted
+        return "".join(f"# TYPE {k} counter\n{k}{labels} {float(v)}\n" for k, v in rows.items())
+
+
+def _app(engine: FakeEngine) -> web.Application:
+    async def chat(request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        engine.bodies.append(body)
+        if engine.status != 200:
+            error = {"error": {"message": "no", "type": "x", "param": None, "code": engine.status}}
+            return web.json_response(error, status=engine.status)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+
+        async def send(event: dict | str) -> None:
+            data = event if isinstance(event, str) else json.dumps(event)
+            await response.write(f"data: {data}\n\n".encode())
+
+        await send({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
+        tokens = engine.answer(body["messages"][0]["content"], body["max_tokens"])
+        for number, chunk in enumerate(engine.chunks(tokens)):
+            if number == engine.error_after:
+                await send({"error": {"message": "engine died"}})
+                return response
+            choice = {"index": 0, "delta": {"content": "".join(chr(97 + t) for t in chunk)}}
+            if engine.token_ids:
+                choice["token_ids"] = chunk
+            await send({"choices": [choice]})
+            await asyncio.sleep(0.001)
+        await send({"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]})
+        if engine.usage:
+            usage = {"prompt_tokens": 3, "completion_tokens": len(tokens)}
+            await send({"choices": [], "usage": usage})
+        await send("[DONE]")
+        return response
+
+    async def models(_: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "fake"}]})
+
+    async def metrics(_: web.Request) -> web.Response:
+        return web.Response(text=engine.metrics_page())
+
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", chat)
+    app.router.add_get("/v1/models", models)
+    app.router.add_get("/metrics", metrics)
+    return app
+
+
+@contextlib.contextmanager
+def fake_openai(engine: FakeEngine) -> Iterator[str]:
+    """Serve the engine on a free port; gives the URL."""
+    loop = asyncio.new_event_loop()
+    runner = web.AppRunner(_app(engine))
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    async def start() -> str:
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        return f"http://127.0.0.1:{runner.addresses[0][1]}"
+
+    try:
+        yield asyncio.run_coroutine_threadsafe(start(), loop).result(10)
+    finally:
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()

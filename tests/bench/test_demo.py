@@ -1,0 +1,131 @@
+import contextlib
+import json
+
+import pytest
+
+from bench import demo
+from bench.demo import DemoConfig, DemoError, run_demo
+from tests.bench.fake_openai import FakeEngine, fake_openai
+
+
+@pytest.fixture
+def config(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"id": f"p{i}", "text": f"text {i}"} for i in range(5)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return DemoConfig(
+        model=model, prompts=prompts, num_prompts=3, max_tokens=9, output=tmp_path / "out"
+    )
+
+
+def launcher(base: FakeEngine, mtp: FakeEngine):
+    @contextlib.contextmanager
+    def launch(_, num_speculative_tokens):
+        engine = mtp if num_speculative_tokens else base
+        with fake_openai(engine) as url:
+            yield url
+
+    return launch
+
+
+def engines(**mtp):
+    return FakeEngine(), FakeEngine(num_speculative_tokens=1, **mtp)
+
+
+def test_the_demo_measures_both_profiles_and_writes_the_result(config, capsys):
+    run_demo(config, launcher(*engines()))
+    result = json.loads((config.output / "result.json").read_text())
+    base, mtp = result["profiles"]
+    assert result["schema_version"] == 1
+    assert [base["name"], mtp["name"]] == ["cpu-tiny (no MTP)", "cpu-tiny MTP k=1"]
+    assert base["passes_per_token"] == 1
+    assert base["acceptance_rate"] is None
+    assert base["acceptance_length"] is None
+    assert mtp["passes_per_token"] < 1
+    assert 0 < mtp["acceptance_rate"] < 1
+    assert mtp["acceptance_length"] == 1 + mtp["acceptance_rate"]
+    assert base["decode_tok_s"] > 0
+    assert len(base["requests"]) == 3
+    assert result["differences"] == []
+    assert set(result["provenance"]) == {
+        "commit", "dirty", "vllm", "series_sha256", "checkpoint_sha256", "device", "cores",
+        "command", "date",
+    }  # fmt: skip
+    printed = capsys.readouterr()
+    assert "acceptance length" in printed.out
+    assert "the same" in printed.out
+    assert "3/3 answered" in printed.err
+
+
+def test_warm_up_is_not_in_the_counters(config):
+    base, mtp = engines()
+    result = run_demo(config, launcher(base, mtp))
+    assert result["profiles"][0]["counters"]["generation_tokens"] == 3 * 9
+    assert base.generated == 5 * 9
+
+
+def test_nothing_of_a_temporary_file_is_left(config):
+    run_demo(config, launcher(*engines()))
+    assert [path.name for path in config.output.iterdir()] == ["result.json"]
+
+
+def test_different_answers_fail_with_prompt_and_position(config):
+    with pytest.raises(DemoError, match=r"differ for 3 of 3 prompts: p2 at token 4"):
+        run_demo(config, launcher(*engines(change_token=4)))
+
+
+def test_without_token_ids_the_position_is_a_character(config):
+    base = FakeEngine(token_ids=False)
+    mtp = FakeEngine(num_speculative_tokens=1, token_ids=False, change_token=4)
+    with pytest.raises(DemoError, match="p2 at character 4"):
+        run_demo(config, launcher(base, mtp))
+
+
+def test_an_inert_head_fails_the_demo(config):
+    with pytest.raises(DemoError, match="num_accepted_tokens is 0; the MTP head is inert"):
+        run_demo(config, launcher(*engines(accept_every=0)))
+
+
+def test_a_server_without_speculation_counters_fails_the_demo(config):
+    with pytest.raises(DemoError, match="num_drafts is absent"):
+        run_demo(config, launcher(FakeEngine(), FakeEngine()))
+
+
+def test_too_few_prompts_are_refused(config):
+    config.prompts.write_text('{"id": "a", "text": "b"}\n')
+    with pytest.raises(DemoError, match="holds 1 prompts; 5 are asked for"):
+        run_demo(config, launcher(*engines()))
+
+
+def test_a_server_that_fails_is_exit_status_1_with_its_log(config, capsys):
+    options = ["--model", str(config.model / "absent"), "--prompts", str(config.prompts)]
+    status = demo.main([*options, "--num-prompts", "1", "--output", str(config.output)])
+    assert status == 1
+    assert "no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--num-prompts", "0"), ("--max-tokens", "1"), ("--num-speculative-tokens", "4")],
+)
+def test_a_bad_option_is_exit_status_2(option, value, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        demo.main([option, value])
+    assert option.strip("-").replace("-", "_") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "field"),
+    [
+        ("--num-prompts", "3", "num_prompts"),
+        ("--max-tokens", "5", "max_tokens"),
+        ("--num-speculative-tokens", "2", "num_speculative_tokens"),
+        ("--profile", "other", "profile"),
+        ("--start-timeout-s", "9", "start_timeout_s"),
+    ],
+)
+def test_each_option_reaches_the_configuration(option, value, field):
+    assert str(getattr(demo.parse_config([option, value]), field)).removesuffix(".0") == value

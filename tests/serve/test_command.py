@@ -1,0 +1,75 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from serve.command import vllm_command
+from serve.environment import engine_environment
+from serve.errors import ConfigError
+from serve.profiles import KvCacheDtype, load_profile
+
+PROFILE = load_profile("cpu-tiny")
+
+
+def command(profile=PROFILE, num_speculative_tokens=1):
+    return vllm_command(profile, Path("/model"), "127.0.0.1", 8000, num_speculative_tokens)
+
+
+def value(arguments, flag):
+    return arguments[arguments.index(flag) + 1]
+
+
+def test_speculation_is_mtp_with_the_number_asked_for():
+    config = json.loads(value(command(num_speculative_tokens=2), "--speculative-config"))
+    assert config == {"method": "mtp", "num_speculative_tokens": 2}
+
+
+def test_without_speculation_there_is_no_speculative_flag():
+    assert not [flag for flag in command(num_speculative_tokens=0) if "spec" in flag]
+
+
+@pytest.mark.parametrize(
+    ("field", "changed", "flag", "expected"),
+    [
+        ("served_model_name", "x", "--served-model-name", "x"),
+        ("max_model_len", 8192, "--max-model-len", "8192"),
+        ("max_num_seqs", 2, "--max-num-seqs", "2"),
+        ("max_num_batched_tokens", 512, "--max-num-batched-tokens", "512"),
+        ("kv_cache_dtype", KvCacheDtype.FP8, "--kv-cache-dtype", "fp8"),
+        ("thinking", True, "--default-chat-template-kwargs", '{"thinking": true}'),
+    ],
+)
+def test_each_profile_field_changes_its_flag(field, changed, flag, expected):
+    assert value(command(), flag) != expected
+    assert value(command(replace(PROFILE, **{field: changed})), flag) == expected
+
+
+def test_enforce_eager_is_a_switch():
+    assert "--enforce-eager" in command()
+    assert "--enforce-eager" not in command(replace(PROFILE, enforce_eager=False))
+
+
+@pytest.mark.parametrize(
+    ("field", "changed", "variable", "expected"),
+    [
+        ("cpu_kv_cache_gib", 3, "VLLM_CPU_KVCACHE_SPACE", "3"),
+        ("cpu_omp_threads_bind", "0-1", "VLLM_CPU_OMP_THREADS_BIND", "0-1"),
+    ],
+)
+def test_each_cpu_field_changes_its_variable(field, changed, variable, expected):
+    assert engine_environment(PROFILE, {})[variable] != expected
+    changed_profile = replace(PROFILE, **{field: changed})
+    assert engine_environment(changed_profile, {})[variable] == expected
+
+
+def test_the_engine_is_offline_and_sends_no_usage_statistics():
+    env = engine_environment(PROFILE, {"PATH": "/bin", "HF_HUB_OFFLINE": "0"})
+    assert env["HF_HUB_OFFLINE"] == env["VLLM_NO_USAGE_STATS"] == env["DO_NOT_TRACK"] == "1"
+    assert env["PATH"] == "/bin"
+
+
+def test_plugins_that_leave_ours_out_are_refused():
+    assert engine_environment(PROFILE, {"VLLM_PLUGINS": "a,dsv4_maxq"})
+    with pytest.raises(ConfigError, match="VLLM_PLUGINS = 'a'; must include dsv4_maxq"):
+        engine_environment(PROFILE, {"VLLM_PLUGINS": "a"})

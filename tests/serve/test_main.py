@@ -1,0 +1,121 @@
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+import serve.__main__ as cli
+from serve import engine
+from serve.errors import EngineError
+
+RUN = ["run", "--profile", "cpu-tiny"]
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Collects what would have replaced this process."""
+    calls = []
+    monkeypatch.setattr(os, "execve", lambda *arguments: calls.append(arguments))
+    return calls
+
+
+@pytest.fixture
+def fake_vllm(tmp_path, monkeypatch):
+    """An importable package named vllm, and a patchq that says what it is told to."""
+    (tmp_path / "site" / "vllm").mkdir(parents=True)
+    (tmp_path / "site" / "vllm" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    plugin = importlib.metadata.EntryPoint("dsv4_maxq", "kernels.plugin:register", "x")
+    monkeypatch.setattr(engine, "entry_points", lambda **_: [plugin])
+
+    def patchq(code: str) -> Path:
+        path = tmp_path / "patchq.py"
+        path.write_text(code)
+        return path
+
+    return patchq
+
+
+def test_dry_run_prints_the_command_and_starts_nothing(started, capsys):
+    status = cli.main([*RUN, "--dry-run", "--port", "8123", "--num-speculative-tokens", "2"])
+    printed = capsys.readouterr().out
+    assert status == 0
+    assert started == []
+    assert "VLLM_CPU_KVCACHE_SPACE=1" in printed
+    assert "-m vllm.entrypoints.openai.api_server --model" in printed
+    assert "--port 8123" in printed
+    assert '"num_speculative_tokens": 2' in printed
+
+
+def test_run_checks_everything_and_becomes_vllm(started, checkpoint, monkeypatch):
+    checked = []
+    monkeypatch.setattr(cli, "check_engine", lambda: checked.append(True))
+    assert cli.main([*RUN, "--model", str(checkpoint), "--host", "0.0.0.0"]) == 0
+    [(program, command, env)] = started
+    assert checked
+    assert program == sys.executable
+    assert command[command.index("--model") + 1] == str(checkpoint)
+    assert command[command.index("--host") + 1] == "0.0.0.0"
+    assert '"num_speculative_tokens": 1' in command[command.index("--speculative-config") + 1]
+    assert env["HF_HUB_OFFLINE"] == "1"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["run"],
+        [*RUN, "--port", "0"],
+        [*RUN, "--port", "x"],
+        [*RUN, "--num-speculative-tokens", "4"],
+        [*RUN, "--unknown"],
+    ],
+)
+def test_a_bad_command_line_is_exit_status_2(arguments):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+
+
+def test_an_unknown_profile_is_exit_status_2(capsys):
+    assert cli.main(["run", "--profile", "nope", "--dry-run"]) == 2
+    assert capsys.readouterr().err.startswith("serve: profile 'nope' does not exist")
+
+
+def test_a_missing_checkpoint_is_exit_status_3(started, tmp_path, capsys):
+    assert cli.main([*RUN, "--model", str(tmp_path / "absent")]) == 3
+    assert capsys.readouterr().err.strip().endswith("absent: no such folder")
+    assert started == []
+
+
+def test_an_unpatched_engine_is_exit_status_4(started, checkpoint, monkeypatch, capsys):
+    def refuse() -> None:
+        raise EngineError("engine: not the patched one")
+
+    monkeypatch.setattr(cli, "check_engine", refuse)
+    assert cli.main([*RUN, "--model", str(checkpoint)]) == 4
+    assert "not the patched one" in capsys.readouterr().err
+    assert started == []
+
+
+def test_an_engine_that_patchq_verifies_passes(fake_vllm):
+    engine.check_engine(fake_vllm("import sys; sys.exit('--root' not in sys.argv)"))
+
+
+def test_what_patchq_says_of_a_modified_engine_is_in_the_message(fake_vllm):
+    patchq = fake_vllm("import sys; sys.exit('vllm/x.py: modified')")
+    with pytest.raises(EngineError, match=r"not the patched one \(vllm/x.py: modified\); run"):
+        engine.check_engine(patchq)
+
+
+def test_a_missing_plugin_is_refused(fake_vllm, monkeypatch):
+    monkeypatch.setattr(engine, "entry_points", lambda **_: [])
+    with pytest.raises(EngineError, match="plugin dsv4_maxq is not installed"):
+        engine.check_engine(fake_vllm(""))
+
+
+def test_a_missing_vllm_is_refused(monkeypatch):
+    monkeypatch.setattr(engine, "find_spec", lambda _: None)
+    with pytest.raises(EngineError, match="vllm is not installed"):
+        engine.check_engine()
