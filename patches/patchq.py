@@ -558,7 +558,11 @@ def _write_temporary(target: Path, data: bytes) -> Path:
 
 def _replace(target: Path, data: bytes) -> None:
     """Write through a rename: a hard link to the old file keeps the old content."""
-    _write_temporary(target, data).replace(target)
+    try:
+        _write_temporary(target, data).replace(target)
+    except OSError:
+        _temporary(target).unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager
@@ -1097,7 +1101,9 @@ def _rebase_file(
         merged, conflicts = moved_to[0] or b"", 0
         note = "moved by " + ", ".join(f"{o:+d}" for o in moved_to[1]) + " lines"
     else:
-        note = f"{conflicts} conflicting regions" if conflicts else "context changed, merges"
+        marks = [n for n, x in enumerate(split_lines(merged), 1) if x.startswith(b"<<<<<<< ")]
+        at = ", ".join(map(str, marks))
+        note = f"upstream changed the same lines, near {at}" if conflicts else "merges three-way"
     if not conflicts and check_compiles(diff.path, merged):
         return "conflict", mine, f"{note}; the result does not compile"
     return ("conflict", mine, note) if conflicts else ("offset", merged, note)
