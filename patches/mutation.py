@@ -50,7 +50,7 @@ def find_installed() -> Path:
 def pristine_images(queue: patchq.Queue, root: Path) -> dict[str, bytes | None]:
     """Pre-image of each touched file: the patches taken off again, checked against the lock."""
     if problems := patchq.verify(queue, root):
-        raise patchq.QueueError(*problems, "run `apply` first", code=patchq.FAILED)
+        raise patchq.CheckFailed(*problems, "run `apply` first")
     images = {path: patchq.read_below(root, path) for path in queue.touched()}
     for patch in reversed(queue.patches):
         for diff in patch.files:

@@ -42,12 +42,19 @@ ReadFile = Callable[[str], bytes | None]  # path in the package -> bytes, None w
 
 
 class QueueError(Exception):
-    """One or more problems, one line each, and the exit status they cause."""
+    """One or more problems, one line each: bad input, or an operation that cannot be done."""
 
-    def __init__(self, *problems: str, code: int = BAD_INPUT) -> None:
+    code = BAD_INPUT
+
+    def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
-        self.code = code
+
+
+class CheckFailed(QueueError):
+    """The input is well formed, but is not what the queue or the lock says."""
+
+    code = FAILED
 
 
 # --- the patch format -----------------------------------------------------------------------
@@ -250,44 +257,40 @@ def apply_diff(diff: FileDiff, source: bytes | None) -> bytes | None:
     """
     where = f"{diff.patch}: {diff.path}"
     if diff.kind == "new" and source is not None:
-        raise QueueError(f"{where}: the patch creates this file, but it exists", code=FAILED)
+        raise CheckFailed(f"{where}: the patch creates this file, but it exists")
     if diff.kind != "new" and source is None:
-        raise QueueError(f"{where}: the file does not exist", code=FAILED)
+        raise CheckFailed(f"{where}: the file does not exist")
     old = split_lines(source or b"")
     new: list[bytes] = []
     at = 0
     for hunk in diff.hunks:
         here = f"{where}: hunk {hunk.number}"
         if hunk.old_index < at:
-            raise QueueError(f"{here}: line {hunk.old_start} overlaps the hunk before", code=FAILED)
+            raise CheckFailed(f"{here}: line {hunk.old_start} overlaps the hunk before")
         new += old[at : hunk.old_index]
         at = hunk.old_index
         if len(new) != hunk.new_index:
-            raise QueueError(
+            raise CheckFailed(
                 f"{here}: new side starts at line {hunk.new_start}, but {len(new)} lines precede "
-                "it (a hunk applies at exactly its stated line)",
-                code=FAILED,
+                "it (a hunk applies at exactly its stated line)"
             )
         for tag, text in hunk.lines:
             if tag != "+":
                 found = old[at] if at < len(old) else None
                 if found != text:
-                    raise QueueError(
+                    raise CheckFailed(
                         f"{here}: line {at + 1}: expected {_show(text)}, found {_show(found)} "
-                        "(context must match at exactly the stated line)",
-                        code=FAILED,
+                        "(context must match at exactly the stated line)"
                     )
                 at += 1
             if tag != "-":
                 new.append(text)
     new += old[at:]
     if any(not line.endswith(b"\n") for line in new[:-1]):
-        raise QueueError(f"{where}: a line without a newline is not the last one", code=FAILED)
+        raise CheckFailed(f"{where}: a line without a newline is not the last one")
     if diff.kind == "deleted":
         if new:
-            raise QueueError(
-                f"{where}: the patch deletes the file but leaves {len(new)} lines", code=FAILED
-            )
+            raise CheckFailed(f"{where}: the patch deletes the file but leaves {len(new)} lines")
         return None
     return b"".join(new)
 
@@ -527,16 +530,27 @@ def read_state(root: Path) -> dict[str, dict]:
         path -> {"before": pre-image or None, "after": hash of every post-image written}.
     Source: `.vllm-patchq.json`, where a pre-image is text in latin-1, so that any bytes fit.
     """
-    state = json.loads(read_below(root, STATE_FILE) or b"{}")
-    for entry in state.values():
-        if entry["before"] is not None:
-            entry["before"] = entry["before"].encode("latin-1")
-    return state
+    try:
+        state = json.loads(read_below(root, STATE_FILE) or b"{}")
+        return {
+            path: {
+                "before": None if entry["before"] is None else entry["before"].encode("latin-1"),
+                "after": list(entry["after"]),
+            }
+            for path, entry in state.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise QueueError(
+            f"{root / STATE_FILE}: not what apply writes ({error}); install vllm again without it"
+        ) from None
 
 
 def _write_state(root: Path, state: dict[str, dict]) -> None:
     text = {
-        path: {**entry, "before": entry["before"] and entry["before"].decode("latin-1")}
+        path: {
+            "before": None if entry["before"] is None else entry["before"].decode("latin-1"),
+            "after": entry["after"],
+        }
         for path, entry in state.items()
     }
     _replace(root / STATE_FILE, json.dumps(text, indent=1, sort_keys=True).encode())
@@ -612,7 +626,7 @@ def apply_queue(queue: Queue, root: Path) -> str:
                         f" nor the post-image {_describe(after)} of vllm {lock.version}"
                     )
         if problems:
-            raise QueueError(*problems, "nothing was changed; install vllm again", code=FAILED)
+            raise CheckFailed(*problems, "nothing was changed; install vllm again")
         wanted |= _post_images(queue, sources)
         for path, data in wanted.items():
             entry = state.get(path)
@@ -645,7 +659,7 @@ def _post_images(queue: Queue, sources: dict[str, bytes | None]) -> dict[str, by
     ]
     problems += [p for path, data in images.items() if (p := check_compiles(path, data))]
     if problems:
-        raise QueueError(*problems, "nothing was changed", code=FAILED)
+        raise CheckFailed(*problems, "nothing was changed")
     return images
 
 
@@ -772,9 +786,8 @@ def open_root(root: Path, lock: Lock) -> Source:
         want = recorded.get(path, ",,").rsplit(",", 2)[1]
         found = f"sha256={_urlsafe(data)}" if data is not None else ""
         if found != want:
-            raise QueueError(
-                f"{root / path}: not the file that RECORD lists; the root must be pristine",
-                code=FAILED,
+            raise CheckFailed(
+                f"{root / path}: not the file that RECORD lists; the root must be pristine"
             )
         return data
 
@@ -799,10 +812,9 @@ def check_wheel(lock: Lock, file: Path) -> str:
         )
     found, locked = sha256_file(file), lock.wheels[name]["sha256"]
     if found != locked:
-        raise QueueError(
+        raise CheckFailed(
             f"check-wheel: {file.name} has sha256 {found}, vllm.lock says {locked}; "
-            "only the locked wheel may be used",
-            code=FAILED,
+            "only the locked wheel may be used"
         )
     return name
 
@@ -852,45 +864,21 @@ def make_lock(queue: Queue, sources: list[Source], wheels: list[Path]) -> Lock:
         for path, data in after.items():
             pair = (sha256(source.read(path)), sha256(data))
             if files.setdefault(path, pair) != pair:
-                raise QueueError(
+                raise CheckFailed(
                     f"lock: {path} differs in {source.label}; a patch may only touch "
-                    "files that all pinned wheels share",
-                    code=FAILED,
+                    "files that all pinned wheels share"
                 )
     return replace(lock, files=files)
 
 
 # --- editing with git -----------------------------------------------------------------------
 
-FORMAT_PATCH = (
-    "format-patch",
-    "-1",
-    "--stdout",
-    "--no-stat",
-    "-p",
-    "--zero-commit",
-    "--no-signature",
-    "--full-index",
-    "--no-renames",
-    "--no-numbered",
-    "--subject-prefix=PATCH",
-    "--no-attach",
-    "--no-thread",
-    "--no-cover-letter",
-    "--no-base",
-    "--no-notes",
-    "--no-to",
-    "--no-cc",
-    "--no-ext-diff",
-    "--no-textconv",
-    "--no-color",
-    "--diff-algorithm=myers",
-    "--unified=3",
-    "--indent-heuristic",
-    "--src-prefix=a/",
-    "--dst-prefix=b/",
-    "--encode-email-headers",
-)
+FORMAT_PATCH = """
+    format-patch -1 --stdout --no-stat -p --zero-commit --no-signature --full-index --no-renames
+    --no-numbered --subject-prefix=PATCH --no-attach --no-thread --no-cover-letter --no-base
+    --no-notes --no-to --no-cc --no-ext-diff --no-textconv --no-color --diff-algorithm=myers
+    --unified=3 --indent-heuristic --src-prefix=a/ --dst-prefix=b/ --encode-email-headers
+"""
 
 
 def git(directory: Path, *arguments: str, data: bytes | None = None) -> bytes:
@@ -907,9 +895,7 @@ def git(directory: Path, *arguments: str, data: bytes | None = None) -> bytes:
     done = subprocess.run(command, input=data, capture_output=True, env=env, check=False)
     if done.returncode:
         said = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()
-        raise QueueError(
-            f"git {arguments[0]} in {directory}: {'; '.join(said) or 'failed'}", code=FAILED
-        )
+        raise CheckFailed(f"git {arguments[0]} in {directory}: {'; '.join(said) or 'failed'}")
     return done.stdout
 
 
@@ -990,7 +976,7 @@ def export(directory: Path, worktree: Path, base: str = BASE_TAG) -> list[str]:
     contents: dict[str, bytes] = {}
     patches: list[Patch] = []
     for commit in git(worktree, "rev-list", "--reverse", f"{base}..HEAD").decode().split():
-        data = git(worktree, *FORMAT_PATCH, commit)
+        data = git(worktree, *FORMAT_PATCH.split(), commit)
         patch = parse_patch(commit[:12], data)
         if re.match(r"(fixup|squash|amend)! ", patch.subject):
             raise QueueError(f"export: `{patch.subject}`: run `git rebase -i --autosquash {base}`")
@@ -1052,9 +1038,7 @@ def rebase(queue: Queue, old: Source, new: Source) -> list[Verdict]:
     """
     for path, (before, _) in queue.lock.files.items():
         if sha256(old.read(path)) != before:
-            raise QueueError(
-                f"rebase: {path} of {old.label} is not the pre-image in vllm.lock", code=FAILED
-            )
+            raise CheckFailed(f"rebase: {path} of {old.label} is not the pre-image in vllm.lock")
     ours: dict[str, bytes | None] = {}  # the new package with the patches so far
     theirs: dict[str, bytes | None] = {}  # the old package with the patches so far
     verdicts = []
@@ -1169,7 +1153,7 @@ def run(args: argparse.Namespace) -> list[str]:
     """Carry out one command; returns the lines to print."""
     if args.command == "lint":
         if problems := lint(args.queue):
-            raise QueueError(*problems, code=FAILED)
+            raise CheckFailed(*problems)
         return [f"{len(read_series(args.queue))} patches are in order"]
     if args.command == "export":
         return export(args.queue, args.worktree, args.base) or ["nothing changed"]
@@ -1187,7 +1171,7 @@ def run(args: argparse.Namespace) -> list[str]:
         return [apply_queue(queue, args.root)]
     if args.command == "verify":
         if problems := verify(queue, args.root):
-            raise QueueError(*problems, code=FAILED)
+            raise CheckFailed(*problems)
         return [f"{len(queue.lock.files)} patched files are as locked"]
     if args.command == "status":
         return _run_status(queue, args.root)
@@ -1243,10 +1227,9 @@ def _run_rebase(queue: Queue, args: argparse.Namespace) -> list[str]:
     print(table(rows))
     conflicts = [v.patch.name for v in verdicts if v.state == "conflict"]
     if conflicts:
-        raise QueueError(
+        raise CheckFailed(
             f"{len(conflicts)} of {len(verdicts)} patches conflict with vllm {args.to}: "
-            f"{', '.join(conflicts)}",
-            code=FAILED,
+            f"{', '.join(conflicts)}"
         )
     return []
 
@@ -1310,7 +1293,7 @@ def main(argv: list[str] | None = None) -> int:
         for problem in error.problems:
             print(f"patchq {args.command}: {problem}", file=sys.stderr)
         return error.code
-    except OSError as error:
+    except (OSError, UnicodeDecodeError, zipfile.BadZipFile) as error:
         print(f"patchq {args.command}: {error}", file=sys.stderr)
         return BAD_INPUT
     return 0

@@ -20,6 +20,7 @@ import patchq  # noqa: E402
 NUMBERS = "".join(f"line{n} = {n}\n" for n in range(1, 31))
 PRISTINE = {
     "vllm/__init__.py": "",
+    "vllm/empty.py": "",
     "vllm/a.py": NUMBERS,
     "vllm/b.py": "b = 1\r\nc = 2\r\n",
     "vllm/sub/old.py": "gone = True\n",
@@ -36,7 +37,14 @@ Forwarded: no
 Drop-when: never
 Test: tests/guard.py
 """
-ALL = ["vllm/a.py", "vllm/b.py", "vllm/sub/new/x.py", "vllm/sub/old.py", "vllm/sub/tail.txt"]
+ALL = [
+    "vllm/a.py",
+    "vllm/b.py",
+    "vllm/empty.py",
+    "vllm/sub/new/x.py",
+    "vllm/sub/old.py",
+    "vllm/sub/tail.txt",
+]
 
 
 def write_package(root, files, version="1.0"):
@@ -96,6 +104,7 @@ def built(tmp_path_factory):
     first = NUMBERS.replace("line5 = 5\n", "line5 = 55\nmore = 1\n")
     commit(tree, "area: fünf", {"vllm/a.py": first, "vllm/b.py": "b = 1\r\nc = 3\r\n"})
     changes = {"vllm/sub/old.py": None, "vllm/sub/new/x.py": "x = 1", "vllm/sub/tail.txt": "one\n"}
+    changes |= {"vllm/empty.py": "e = 1\n"}
     commit(tree, "area: new, deleted and cut files", changes)
     commit(tree, "area: twenty", {"vllm/a.py": first.replace("line20 = 20", "line20 = 2020")})
     patchq.export(queue, tree)
@@ -265,7 +274,7 @@ def test_a_patch_with_one_file_twice_or_a_message_that_is_not_utf8_is_refused():
 
 
 def test_apply_gives_exactly_the_files_of_the_worktree(top, site, run):
-    assert run("apply", "--root", site) == (0, "applied: 3 patches, 5 files, 5 written\n", "")
+    assert run("apply", "--root", site) == (0, "applied: 3 patches, 6 files, 6 written\n", "")
     for path in ALL:
         assert patchq.read_below(site, path) == patchq.read_below(top / "tree", path)
     assert run("verify", "--root", site)[0] == 0
@@ -274,7 +283,7 @@ def test_apply_gives_exactly_the_files_of_the_worktree(top, site, run):
 def test_apply_twice_says_so_and_writes_nothing(site, run):
     run("apply", "--root", site)
     before = {p: p.stat().st_mtime_ns for p in site.rglob("*")}
-    assert run("apply", "--root", site) == (0, "already applied: 3 patches, 5 files\n", "")
+    assert run("apply", "--root", site) == (0, "already applied: 3 patches, 6 files\n", "")
     assert {p: p.stat().st_mtime_ns for p in site.rglob("*")} == before
 
 
@@ -290,7 +299,7 @@ def test_apply_names_every_file_of_neither_image_and_changes_nothing(site, run):
     assert snapshot(site) == before
 
 
-@pytest.mark.parametrize("failing", [*range(5), "old.py"])  # the state, four files, a deletion
+@pytest.mark.parametrize("failing", [*range(6), "old.py"])  # the state, five files, a deletion
 def test_a_write_that_fails_puts_every_file_back(site, run, monkeypatch, failing):
     before = snapshot(site)
     calls = []
@@ -315,7 +324,7 @@ def test_a_write_that_fails_puts_every_file_back(site, run, monkeypatch, failing
     assert snapshot(site) == before
 
 
-@pytest.mark.parametrize("last", range(1, 6))
+@pytest.mark.parametrize("last", range(1, 7))
 def test_apply_completes_after_a_kill_between_any_two_renames(site, queue, run, last):
     script = f"""
 import os, signal, sys
@@ -411,6 +420,16 @@ def test_a_file_edited_after_apply_is_not_taken_for_an_earlier_series(top, site,
     assert snapshot(site) == before
 
 
+def test_a_damaged_record_of_earlier_runs_is_refused(site, run):
+    (site / patchq.STATE_FILE).write_text('{"vllm/a.py": []}')
+    before = snapshot(site)
+    for command in ("apply", "verify"):
+        status, _, err = run(command, "--root", site)
+        assert status == 2
+        assert "not what apply writes" in err
+    assert snapshot(site) == before
+
+
 def test_verify_names_each_file_and_how_it_differs(site, run):
     (site / "vllm/a.py").write_text("edited\n")
     (site / "vllm/sub/tail.txt").unlink()
@@ -420,6 +439,7 @@ def test_verify_names_each_file_and_how_it_differs(site, run):
     assert words == {
         "vllm/a.py": "modified",
         "vllm/b.py": "unpatched",
+        "vllm/empty.py": "unpatched",
         "vllm/sub/new/x.py": "unpatched",
         "vllm/sub/old.py": "unpatched",
         "vllm/sub/tail.txt": "missing",
@@ -445,7 +465,7 @@ def test_status_shows_the_state_of_each_patch(site, run):
 def edit(queue, name, old, new):
     text = (queue / name).read_bytes().decode()
     assert old in text
-    (queue / name).write_bytes(text.replace(old, new).encode())
+    (queue / name).write_bytes(text.replace(old, new).encode(errors="surrogateescape"))
 
 
 def test_lint_accepts_what_export_wrote(run):
@@ -667,6 +687,7 @@ def test_rebase_tells_clean_moved_conflicting_and_upstream_patches_apart(
 
 def test_rebase_says_that_created_and_deleted_files_are_upstream(queue, site, run, tmp_path):
     change = PRISTINE | {"vllm/sub/new/x.py": "x = 1", "vllm/sub/tail.txt": "one\n"}
+    change |= {"vllm/empty.py": "e = 1\n"}
     del change["vllm/sub/old.py"]
     new = write_wheel(tmp_path / "new", change, version="2.0")
     _, out, _ = run("rebase", "--to", "2.0", "--wheel", new, "--root", site)
@@ -714,6 +735,7 @@ def test_checkout_onto_prepares_a_move_of_the_pin(queue, site, run, tmp_path):
         (("vllm.lock", "{", "["), ["verify", "--root", "site"], "not a lock file"),
         (("series", "area-twenty", "absent"), ["status"], "absent.patch does not exist"),
         (("area-twenty.patch", "@@ -18", "@@ 18"), ["apply", "--root", "site"], "a hunk"),
+        (("series", "# the order", "\udcff"), ["status"], "can't decode"),
         (None, ["check-wheel", "missing.whl"], "missing.whl does not exist"),
         (None, ["lock", "--wheel", "missing.whl"], "not a wheel file name"),
         (None, ["export", "--worktree", "missing"], "missing"),
