@@ -217,7 +217,8 @@ def setup(config: SetupConfig) -> None:
         wheel = fetch_wheel(config.cache, pin)
         check_wheel(wheel)
 
-    hashed = ("--no-deps", "--require-hashes", "-r", REQUIREMENTS / "cpu.txt")
+    hashed = ("--no-deps", "--only-binary=:all:", "--require-hashes")
+    hashed += ("-r", REQUIREMENTS / "cpu.txt")
     project = ("--no-deps", "--no-build-isolation", "--editable", ROOT)
     tools = ("-r", REQUIREMENTS / "dev.txt")
     steps = (

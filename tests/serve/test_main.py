@@ -44,7 +44,7 @@ def test_dry_run_prints_the_command_and_starts_nothing(started, capsys):
     assert status == 0
     assert started == []
     assert "VLLM_CPU_KVCACHE_SPACE=1" in printed
-    assert "-m vllm.entrypoints.openai.api_server --model" in printed
+    assert "-m vllm.entrypoints.launchers.api_server.entry --model" in printed
     assert "--port 8123" in printed
     assert '"num_speculative_tokens": 2' in printed
 

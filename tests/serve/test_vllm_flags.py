@@ -1,0 +1,33 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from serve.command import vllm_command
+from serve.profiles import load_profile, profile_names
+
+PARSE = """
+import json, sys
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(sys.argv[1:])
+validate_parsed_serve_args(arguments)
+print(json.dumps([arguments.speculative_config, arguments.default_chat_template_kwargs]))
+"""
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", profile_names())
+def test_the_pinned_vllm_takes_the_flags_of_each_profile(name):
+    command = vllm_command(load_profile(name), Path("/model"), "127.0.0.1", 8000, 1)
+    flags = command[command.index("--model") :]
+    done = subprocess.run(
+        [sys.executable, "-c", PARSE, *flags], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == [
+        {"method": "mtp", "num_speculative_tokens": 1},
+        {"thinking": False},
+    ]
