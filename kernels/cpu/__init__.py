@@ -1,0 +1,1 @@
+"""DeepSeek-V4 on a CPU: what vLLM 0.32.0 lacks there, as plain PyTorch."""

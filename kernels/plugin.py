@@ -1,0 +1,14 @@
+"""vLLM's entry into this package: the `vllm.general_plugins` entry point `dsv4_maxq`.
+
+vLLM calls `register` in every process before it builds a model; it must be idempotent.
+"""
+
+
+def register() -> None:
+    """Register what this project adds to vLLM on the current platform."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from kernels.cpu.register import register_cpu
+
+        register_cpu()
