@@ -28,7 +28,8 @@ def added_environment(profile: Profile) -> dict[str, str]:
     return {
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(profile.cpu_num_threads),
         "VLLM_CPU_KVCACHE_SPACE": str(profile.cpu_kv_cache_gib),
-        "VLLM_CPU_OMP_THREADS_BIND": profile.cpu_omp_threads_bind,
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other processes share the cores
         "VLLM_NO_USAGE_STATS": "1",
     }

@@ -9,6 +9,13 @@ from serve.errors import ConfigError
 
 PROFILE_DIR = Path(__file__).parent / "profiles"
 MAX_SPECULATIVE_TOKENS = 3
+_POSITIVE = (
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "cpu_kv_cache_gib",
+    "cpu_num_threads",
+)
 
 
 class KvCacheDtype(StrEnum):
@@ -42,7 +49,7 @@ class Profile:
     reasoning_parser: ReasoningParser
     thinking: bool
     cpu_kv_cache_gib: int
-    cpu_omp_threads_bind: str
+    cpu_num_threads: int
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -57,7 +64,7 @@ class Profile:
                 raise self._error(field.name, value, f"must be of type {kind.__name__}")
             elif kind is str and not value:
                 raise self._error(field.name, value, "must not be empty")
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "cpu_kv_cache_gib"):
+        for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise self._error(name, getattr(self, name), "must be at least 1")
         if self.block_size != 256:

@@ -54,7 +54,7 @@ def test_enforce_eager_is_a_switch():
     ("field", "changed", "variable", "expected"),
     [
         ("cpu_kv_cache_gib", 3, "VLLM_CPU_KVCACHE_SPACE", "3"),
-        ("cpu_omp_threads_bind", "0-1", "VLLM_CPU_OMP_THREADS_BIND", "0-1"),
+        ("cpu_num_threads", 2, "OMP_NUM_THREADS", "2"),
     ],
 )
 def test_each_cpu_field_changes_its_variable(field, changed, variable, expected):

@@ -42,6 +42,7 @@ def test_a_path_is_no_profile_name():
         ("max_num_seqs = 4", "max_num_seqs = 0", "max_num_seqs = 0; must be at least 1"),
         ("max_num_seqs = 4", "max_num_seqs = '4'", "max_num_seqs = '4'; must be of type int"),
         ("max_num_seqs = 4", "max_num_seqs = true", "must be of type int"),
+        ("cpu_num_threads = 1", "cpu_num_threads = 0", "must be at least 1"),
         ("max_model_len = 4096", "max_model_len = -1", "max_model_len = -1; must be at least 1"),
         ("block_size = 256", "block_size = 16", "block_size = 16; DeepSeek-V4 takes 256 only"),
         ('"auto"', '"int8"', "kv_cache_dtype = 'int8'; must be one of auto, fp8, fp8_ds_mla"),
