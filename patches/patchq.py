@@ -952,7 +952,7 @@ def _commit_package(worktree: Path, source: Source) -> None:
 
 def slug(subject: str) -> str:
     """File name for a subject: lower-case words joined by `-`, at most about 60 characters."""
-    words = re.findall(r"[a-z0-9]+", subject.lower())
+    words = re.findall(r"[a-z0-9]+", subject.lower().replace("'", ""))
     while len("-".join(words)) > 60:
         words.pop()
     return "-".join(words) + ".patch"
@@ -1076,7 +1076,7 @@ def _rebase_file(
     if before is None or after is None:
         return "conflict", mine, f"{diff.kind} here, but upstream has another version"
     merged, conflicts = merge_three_way(mine, before, after)
-    if merged == mine or apply_moved(diff.reverse(), mine) and not apply_moved(diff, mine):
+    if merged == mine:
         return "already upstream", mine, ""
     with contextlib.suppress(QueueError):
         return "clean", apply_diff(diff, mine), "lines unmoved"

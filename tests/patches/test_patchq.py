@@ -1,6 +1,7 @@
 """The queue tool on a tiny package: what it writes, what it refuses, what it says."""
 
 import base64
+import fcntl
 import hashlib
 import os
 import py_compile
@@ -102,7 +103,7 @@ def built(tmp_path_factory):
         patchq.read_queue(queue), patchq.open_root(top / "site", read_lock(queue)), tree
     )
     first = NUMBERS.replace("line5 = 5\n", "line5 = 55\nmore = 1\n")
-    commit(tree, "area: fünf", {"vllm/a.py": first, "vllm/b.py": "b = 1\r\nc = 3\r\n"})
+    commit(tree, "[Core] area: fünf", {"vllm/a.py": first, "vllm/b.py": "b = 1\r\nc = 3\r\n"})
     changes = {"vllm/sub/old.py": None, "vllm/sub/new/x.py": "x = 1", "vllm/sub/tail.txt": "one\n"}
     changes |= {"vllm/empty.py": "e = 1\n"}
     commit(tree, "area: new, deleted and cut files", changes)
@@ -227,6 +228,11 @@ def test_a_file_that_should_exist_or_should_not_is_refused():
         patchq.apply_diff(new, b"")
     with pytest.raises(patchq.QueueError, match="deletes the file but leaves 30 lines"):
         patchq.apply_diff(new.reverse(), NUMBERS.encode())
+
+
+def test_a_line_after_one_without_a_newline_is_refused():
+    with pytest.raises(patchq.QueueError, match="without a newline is not the last one"):
+        patchq.apply_diff(diff_of("@@ -1,0 +2,1 @@\n+b\n"), b"a")
 
 
 def test_reversing_a_diff_gives_the_source_back(queue, site):
@@ -420,6 +426,30 @@ def test_a_file_edited_after_apply_is_not_taken_for_an_earlier_series(top, site,
     assert snapshot(site) == before
 
 
+def test_a_lock_that_does_not_list_every_touched_file_is_refused(site, queue, run):
+    edit(queue, "vllm.lock", '"vllm/b.py"', '"vllm/y.py"')
+    before = snapshot(site)
+    status, _, err = run("apply", "--root", site)
+    assert status == 2
+    assert "does not list exactly the touched files" in err
+    assert snapshot(site) == before
+
+
+def test_apply_waits_for_another_apply(site, queue):
+    command = [sys.executable, PATCHES / "patchq.py", "--queue", queue, "apply", "--root", site]
+    holder = os.open(site, os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    try:
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as waiting:
+            with pytest.raises(subprocess.TimeoutExpired):
+                waiting.wait(timeout=0.5)
+            assert (site / "vllm/a.py").read_text() == NUMBERS
+            fcntl.flock(holder, fcntl.LOCK_UN)
+            assert waiting.wait(timeout=30) == 0
+    finally:
+        os.close(holder)
+
+
 def test_a_damaged_record_of_earlier_runs_is_refused(site, run):
     (site / patchq.STATE_FILE).write_text('{"vllm/a.py": []}')
     before = snapshot(site)
@@ -532,19 +562,22 @@ def test_export_apply_checkout_export_is_byte_identical(top, site, queue, run, t
 
 
 def test_export_ignores_the_configuration_of_the_user(top, queue, run, tmp_path, monkeypatch):
-    config = tmp_path / "gitconfig"
+    config = tmp_path / ".gitconfig"
     config.write_text(
         "[diff]\nnoprefix = true\ncontext = 7\nalgorithm = patience\nmnemonicPrefix = true\n"
         "[format]\nsignature = x\nsubjectPrefix = Y\nnumbered = true\n[core]\nabbrev = 5\n"
     )
     before = snapshot(queue)
-    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(config))
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("GIT_DIR", "elsewhere")
+    with config.open("a") as file:
+        file.write('[format]\nheaders = "X-Mine: 1"\n')
     assert run("export", "--worktree", top / "tree")[0] == 0
+    assert snapshot(queue) == before
     for line in config.read_text().replace("[", "\n[").splitlines():
         if line.startswith("["):
             section = line.strip("[]")
-        elif line:
+        elif line and "X-Mine" not in line:
             key, value = line.split(" = ")
             patchq.git(top / "tree", "config", f"{section}.{key}", value)
     assert run("export", "--worktree", top / "tree")[0] == 0
@@ -578,6 +611,27 @@ def test_export_refuses_what_is_not_a_straight_clean_line(top, queue, run):
     patchq.git(tree, "merge", "--quiet", "--no-ff", "-m", "m", "patches")
     assert "has a merge" in run("export", "--worktree", tree)[2]
     assert snapshot(queue) == before
+
+
+def test_export_removes_the_file_of_a_dropped_commit(top, queue, run):
+    patchq.git(top / "tree", "reset", "--hard", "--quiet", "HEAD~1")
+    assert "removed area-twenty.patch" in run("export", "--worktree", top / "tree")[1]
+    assert run("lint") == (0, "2 patches are in order\n", "")
+
+
+def test_checkout_refuses_a_directory_that_is_not_empty(site, run, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("")
+    status, _, err = run("checkout", "--root", site, "--worktree", tmp_path / "full")
+    assert status == 2
+    assert "is not empty" in err
+
+
+def test_a_root_without_exactly_one_record_is_refused(site, run, tmp_path):
+    write_package(site, PRISTINE, version="2.0")
+    status, _, err = run("checkout", "--root", site, "--worktree", tmp_path / "w")
+    assert status == 2
+    assert "2 dist-info/RECORD" in err
 
 
 def test_checkout_refuses_a_root_that_is_not_pristine(site, run, tmp_path):
@@ -660,7 +714,7 @@ def test_lock_refuses_a_patch_on_a_file_that_the_wheels_do_not_share(queue, run,
         (
             {
                 "vllm/a.py": "# head\n"
-                + NUMBERS.replace("line20 = 20", "line20 = 2020").replace("line24 =", "zz =")
+                + NUMBERS.replace("line20 = 20", "line20 = 2020").replace("line22 =", "zz =")
             },
             "already upstream",
         ),
@@ -698,7 +752,7 @@ def test_rebase_leaves_a_conflicting_patch_out_for_those_after_it(queue, site, r
     change = PRISTINE | {"vllm/a.py": NUMBERS.replace("line5 = 5\n", "line5 = 6\n")}
     new = write_wheel(tmp_path / "new", change, version="2.0")
     _, out, err = run("rebase", "--to", "2.0", "--wheel", new, "--root", site)
-    assert "area-f-nf.patch" in err
+    assert "core-area-f-nf.patch" in err
     assert "area-twenty.patch" not in err
     assert "near 5" in out
     assert "moved by -1 lines" in out
@@ -709,6 +763,21 @@ def test_rebase_refuses_a_wheel_of_another_version_and_another_base(site, run, t
     status, _, err = run("rebase", "--to", "3.0", "--wheel", new, "--root", site)
     assert status == 2
     assert "--wheel is of version 2.0, --to says 3.0" in err
+    other = write_package(tmp_path / "other", PRISTINE | {"vllm/b.py": "b = 2\n"})
+    status, _, err = run("rebase", "--to", "2.0", "--wheel", new, "--root", other)
+    assert status == 1
+    assert "vllm/b.py of vllm 1.0 is not the pre-image" in err
+
+
+def test_rebase_calls_a_merge_that_is_not_python_a_conflict():
+    before = b"a = 1\nb = 2\nc = 3\nd = 4\n"
+    after = before.replace(b"c", b't = """x"""\nc')
+    diff = diff_of('@@ -1,4 +1,5 @@\n a = 1\n b = 2\n+t = """x"""\n c = 3\n d = 4\n')
+    new = patchq.Source("2.0", "2.0", lambda path: None, ())
+    quoted = b's = """\n' + before + b'"""\n'
+    state, image, note = patchq._rebase_file(diff, before, after, quoted, new)
+    assert (state, image) == ("conflict", quoted)
+    assert "does not compile" in note
 
 
 def test_checkout_onto_prepares_a_move_of_the_pin(queue, site, run, tmp_path):
