@@ -54,7 +54,7 @@ serve: $(STAMP) ## serve PROFILE (cpu-tiny) on PORT (8000)
 	@$(PY) -m serve run --profile $(PROFILE) --port $(PORT)
 
 tiny-train: $(STAMP) ## train the tiny checkpoint again
-	@$(PY) -m tiny.train
+	@$(PY) -m tiny train
 
 clean: ## remove .venv, caches and demo output
 	rm -rf $(VENV) .cache .demo build *.egg-info .pytest_cache .ruff_cache
