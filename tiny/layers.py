@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from enum import Enum
+from enum import StrEnum
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from tiny.config import TinyConfig
 from tiny.quant import fake_bf16, fake_fp4, fake_fp8_block
 
 
-class Storage(str, Enum):
+class Storage(StrEnum):
     """How the original checkpoint stores a weight."""
 
     FP4 = "fp4"
