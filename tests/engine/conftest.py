@@ -1,0 +1,96 @@
+"""Runs of the patched engine, each in a process of its own, and the plain model beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+# A newly trained checkpoint can be tried before it replaces the committed one.
+CHECKPOINT = Path(os.environ.get("TINY_CHECKPOINT", ROOT / "tiny" / "checkpoint"))
+TIMEOUT_S = 300
+
+
+@dataclass
+class EngineRun:
+    """What one engine life returned."""
+
+    result: dict[str, np.ndarray]
+    log: str
+
+    @property
+    def counters(self) -> dict[str, Any]:
+        return json.loads(str(self.result["counters"]))
+
+    @property
+    def acceptance_rate(self) -> float:
+        counters = self.counters
+        return (
+            counters["spec_decode_num_accepted_tokens"] / counters["spec_decode_num_draft_tokens"]
+        )
+
+    def tokens(self, request: int) -> list[int]:
+        return self.result[f"tokens_{request}"].tolist()
+
+    def logprobs(self, request: int) -> torch.Tensor:
+        """Log p of the next token at the last positions: float32 (positions, vocabulary).
+
+        All positions of prompt and output where they were asked, else the output's.
+        """
+        parts = [self.result[f"output_{request}"]]
+        if f"prompt_{request}" in self.result:
+            # Row 0 would be the prediction of the first token.
+            parts.insert(0, self.result[f"prompt_{request}"][1:])
+        return torch.from_numpy(np.concatenate(parts))
+
+
+def request(ids: list[int], max_tokens: int, logprobs: str | None = None) -> dict[str, Any]:
+    """A job's request; logprobs: None, "output" or "all"."""
+    return {"ids": ids, "max_tokens": max_tokens, "logprobs": logprobs}
+
+
+@pytest.fixture(scope="session")
+def run_engine(tmp_path_factory):
+    """run_engine(model, requests, batches=None, env=None, **vLLM arguments) -> EngineRun."""
+    folder = tmp_path_factory.mktemp("engine")
+    count = 0
+
+    def run(model, requests, batches=None, env=None, **engine) -> EngineRun:
+        nonlocal count
+        count += 1
+        job, result = folder / f"{count}.json", folder / f"{count}.npz"
+        body = {"model": str(model), "engine": engine, "requests": requests}
+        if batches is not None:
+            body["batches"] = batches
+        job.write_text(json.dumps(body))
+        environment = {
+            **os.environ,
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            **(env or {}),
+        }
+        command = [sys.executable, str(HERE / "run_engine.py"), str(job), str(result)]
+        done = subprocess.run(
+            command,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=TIMEOUT_S,
+        )
+        assert done.returncode == 0, done.stdout[-6000:]
+        with np.load(result) as arrays:
+            return EngineRun(dict(arrays), done.stdout)
+
+    return run
