@@ -21,7 +21,7 @@ def collect(repository: Path, checkpoint: Path) -> dict[str, Any]:
         "dirty": bool(changes) if changes is not None else None,
         "vllm": vllm_version(),
         "series_sha256": series_sha256(repository / "patches"),
-        "checkpoint_sha256": folder_sha256(checkpoint),
+        "checkpoint_sha256": checkpoint_sha256(checkpoint),
         "device": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
@@ -49,13 +49,14 @@ def series_sha256(patches: Path) -> str:
     return digest.hexdigest()
 
 
-def folder_sha256(folder: Path) -> str:
-    """Hash the sorted lines `SHA256  NAME` of a folder's files, as sha256sum prints them."""
+def checkpoint_sha256(folder: Path) -> str:
+    """Hash config.json and all shards in name order, each as its name, a zero byte, its bytes."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        digest.update(path.name.encode() + b"\0")
         with path.open("rb") as file:
-            file_digest = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{file_digest}  {path.name}\n".encode())
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 

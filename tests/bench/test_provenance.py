@@ -11,15 +11,12 @@ def test_the_series_hash_follows_the_order_and_the_content(tmp_path):
     assert provenance.series_sha256(tmp_path) == hashlib.sha256(series + b"BA").hexdigest()
 
 
-def test_the_folder_hash_is_that_of_what_sha256sum_prints(tmp_path):
-    (tmp_path / "b").write_text("2")
-    (tmp_path / "a").write_text("1")
-    (tmp_path / "folder").mkdir()
-    lines = "".join(
-        f"{hashlib.sha256(text.encode()).hexdigest()}  {name}\n"
-        for name, text in (("a", "1"), ("b", "2"))
-    )
-    assert provenance.folder_sha256(tmp_path) == hashlib.sha256(lines.encode()).hexdigest()
+def test_the_checkpoint_hash_is_of_config_and_shards_and_of_nothing_else(tmp_path):
+    (tmp_path / "model.safetensors").write_text("2")
+    (tmp_path / "config.json").write_text("1")
+    (tmp_path / "tokenizer.json").write_text("3")
+    expected = hashlib.sha256(b"config.json\x001model.safetensors\x002").hexdigest()
+    assert provenance.checkpoint_sha256(tmp_path) == expected
 
 
 def test_the_device_is_the_cpus_name(tmp_path):
