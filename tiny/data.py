@@ -94,7 +94,7 @@ def build(documents: list[Document], tokenizer: Tokenizer, bos: int, device: str
 def chat_exchanges(documents: list[Document], seed: int = 0) -> list[str]:
     """Chat exchanges made of the text: an excerpt as the question, what follows as the answer.
 
-    An answer has one to four sentences and stops at the end of its paragraph; some questions
+    An answer has one to three sentences and stops at the end of its paragraph; some questions
     are short openers that any passage answers. Shuffled, deterministic.
     """
     rng = random.Random(seed)
@@ -104,11 +104,11 @@ def chat_exchanges(documents: list[Document], seed: int = 0) -> list[str]:
             parts = sentences(paragraph)
             at = 0
             while at + 1 < len(parts):
-                asked, answered = rng.randint(1, 3), rng.randint(1, 4)
+                asked, answered = rng.randint(1, 3), rng.randint(1, 3)
                 question = " ".join(parts[at : at + asked])
                 answer = " ".join(parts[at + asked : at + asked + answered])
                 at += asked
-                if not answer or len(question) > 600 or len(answer) > 600:
+                if not answer or len(question) > 600 or len(answer) > 320:
                     continue
                 user = rng.choice(FRAMES).format(question)
                 if rng.random() < 0.15:
