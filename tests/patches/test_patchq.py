@@ -5,6 +5,8 @@ import fcntl
 import hashlib
 import os
 import py_compile
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -822,6 +824,18 @@ def test_bad_input_gives_one_line_and_no_traceback(top, queue, damage, command, 
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"patchq {command[0]}: ")
     assert match in done.stderr
+
+
+def test_every_command_in_the_documentation_is_one_that_the_tool_takes():
+    text = (PATCHES.parent / "docs" / "patches.md").read_text()
+    commands = re.findall(r"python patches/patchq.py ([^`\n]+)", text)
+    commands += re.findall(r"(?m)^\| `(.+)` \|", text.partition("## What")[2])
+    parsed = set()
+    for line in commands:
+        for command in re.split(r"`, `", line):
+            arguments = shlex.split(command.translate(str.maketrans("", "", "[]")))
+            parsed.add(patchq.parse_arguments(arguments).command)
+    assert len(parsed) == 10
 
 
 def test_the_tool_imports_the_standard_library_only():
