@@ -12,3 +12,7 @@ def register() -> None:
         from kernels.cpu.register import register_cpu
 
         register_cpu()
+    elif current_platform.is_cuda():
+        from kernels.nvidia.register import register_nvidia
+
+        register_nvidia()

@@ -28,7 +28,9 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm.models.deepseek_v4.cpu.model import DeepseekV4DecoderLayer
 from vllm.sequence import IntermediateTensors
 
-logger = init_logger(__name__)
+from kernels.cpu import LOGGER
+
+logger = init_logger(LOGGER)
 
 NAMES_SHOWN = 20
 

@@ -10,12 +10,13 @@ def register_cpu() -> None:
     from vllm import ModelRegistry
     from vllm.logger import init_logger
 
+    from kernels.cpu import LOGGER
     from kernels.cpu.experts import register_reference_experts
     from kernels.cpu.linear import register_reference_linear
     from kernels.cpu.metadata import register_metadata_kernels
     from kernels.cpu.ops import OpsChoice, register_reference_ops
 
-    logger = init_logger(__name__)
+    logger = init_logger(LOGGER)
     chosen = register_reference_ops()
     counts = Counter(chosen.values())
     logger.info_once(
