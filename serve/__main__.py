@@ -16,7 +16,7 @@ from serve.profiles import MAX_SPECULATIVE_TOKENS, load_profile, profile_names
 
 
 def run(arguments: argparse.Namespace) -> NoReturn | None:
-    """load_profile -> command -> (print | check_checkpoint -> check_engine -> exec)."""
+    """load_profile -> command -> check_checkpoint -> check_engine -> print -> exec."""
     profile = load_profile(arguments.profile)
     model = arguments.model or REPOSITORY / profile.model
     num_speculative_tokens = arguments.num_speculative_tokens
@@ -25,11 +25,12 @@ def run(arguments: argparse.Namespace) -> NoReturn | None:
     command = vllm_command(profile, model, arguments.host, arguments.port, num_speculative_tokens)
     env = engine_environment(profile)
     shown = [f"{name}={value}" for name, value in sorted(added_environment(profile).items())]
+    if not arguments.dry_run:
+        check_checkpoint(model, num_speculative_tokens)
+        check_engine()
     print(shlex.join(shown + command), flush=True)
     if arguments.dry_run:
         return None
-    check_checkpoint(model, num_speculative_tokens)
-    check_engine()
     os.execve(command[0], command, env)
 
 

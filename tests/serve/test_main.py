@@ -85,7 +85,10 @@ def test_an_unknown_profile_is_exit_status_2(capsys):
 
 def test_a_missing_checkpoint_is_exit_status_3(started, tmp_path, capsys):
     assert cli.main([*RUN, "--model", str(tmp_path / "absent")]) == 3
-    assert capsys.readouterr().err.strip().endswith("absent: no such folder")
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert printed.err.strip().endswith("absent: no such folder")
     assert started == []
 
 
