@@ -147,11 +147,14 @@ def _by_shape(
     return route
 
 
-def register_reference_ops() -> dict[str, str]:
+def chosen_ops() -> dict[str, str]:
+    """What runs in this process: op name -> "compiled", "reference" or "by shape"."""
+    return dict(_chosen)
+
+
+def register_reference_ops() -> None:
     """Define or override `torch.ops._C` ops for this CPU; a second call changes nothing.
 
-    Returns:
-        op name -> "compiled", "reference" or "by shape".
     Raises:
         ValueError: DSV4_CPU_OPS has an unknown value.
         RuntimeError: DSV4_CPU_OPS=compiled where a compiled op is absent or the CPU has no AMX.
@@ -161,7 +164,7 @@ def register_reference_ops() -> dict[str, str]:
     global _library
     choice = OpsChoice.from_env()
     if _library is not None:
-        return dict(_chosen)
+        return
     current_platform.import_kernels()
     amx = torch.cpu._is_amx_tile_supported()
     library = torch.library.Library("_C", "FRAGMENT")
@@ -184,4 +187,3 @@ def register_reference_ops() -> dict[str, str]:
             library.define(name + schema)
         library.impl(name, implementation, "CPU", allow_override=True)
     _library = library
-    return dict(_chosen)

@@ -33,6 +33,10 @@ class EngineRun:
         return json.loads(str(self.result["counters"]))
 
     @property
+    def ops(self) -> dict[str, str]:
+        return json.loads(str(self.result["ops"]))
+
+    @property
     def acceptance_rate(self) -> float:
         counters = self.counters
         return (

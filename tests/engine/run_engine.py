@@ -3,7 +3,8 @@
 JOB: {"model", "engine": vLLM arguments, "requests": [{"ids": [...], "max_tokens", "logprobs"}],
       "batches": [[request indices generated together], ...]}; logprobs: null, "output" or "all"
 RESULT: for request i `tokens_i`; where logprobs were asked, `output_i` (tokens, vocabulary) and
-with "all" `prompt_i` (positions, vocabulary); `counters`, JSON of vLLM's speculation counters.
+with "all" `prompt_i` (positions, vocabulary); `counters`, JSON of vLLM's speculation counters;
+`ops`, JSON of `chosen_ops()`.
 """
 
 from __future__ import annotations
@@ -70,6 +71,9 @@ def main(job_file: str, result_file: str) -> None:
         for metric in llm.get_metrics()
         if "spec_decode" in metric.name
     }
+    from kernels.cpu.ops import chosen_ops
+
+    result["ops"] = np.array(json.dumps(chosen_ops()))
     result["counters"] = np.array(json.dumps(counters))
     with Path(result_file).open("wb") as file:
         np.savez(file, **result)

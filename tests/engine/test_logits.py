@@ -91,8 +91,8 @@ def assert_close_as_bfloat16(checkpoint, requests, run) -> None:
 def test_fp4_checkpoint_agrees_with_the_plain_model(run_engine, requests, variant):
     arguments = {"max_num_batched_tokens": 4096, **VARIANTS[variant]}
     run = run_engine(CHECKPOINT, requests, batches=[[i] for i in range(len(requests))], **arguments)
-    expected = {"reference ops": "17 reference", "no AVX-512": "17 reference"}.get(variant)
-    assert expected is None or f"DeepSeek-V4 CPU ops: {expected}" in run.log
+    if variant in ("reference ops", "no AVX-512"):
+        assert set(run.ops.values()) == {"reference"}
     assert_close_as_bfloat16(CHECKPOINT, requests, run)
 
 
