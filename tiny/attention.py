@@ -81,7 +81,7 @@ class Compressor(nn.Module):
         The first group's predecessor is `fill`.
         """
         first, second = x.split(self.head_dim, dim=-1)
-        previous = F.pad(first[:, :-1], (0, 0, 0, 0, 1, 0), value=fill)
+        previous = F.pad(first, (0, 0, 0, 0, 1, 0), value=fill)[:, :-1]
         return torch.cat((previous, second), dim=2)
 
 

@@ -104,7 +104,7 @@ class RoutedExperts(nn.Module):
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """x (T, hidden), weights and ids (T, k) -> (T, hidden), the weighted sum of k experts."""
-        if torch.is_grad_enabled():
+        if x.is_cuda and torch.is_grad_enabled():
             return self._all_experts(x, weights, ids)
         return self._chosen_experts(x, weights, ids)
 
