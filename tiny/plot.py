@@ -28,8 +28,8 @@ def loss_curve(curve: list[dict[str, float]]) -> str:
     if not everything:
         raise ValueError(f"plot: none of the {len(curve)} entries has a loss")
     last = max(step for step, _ in everything)
-    low, high = (math.floor(min(v for _, v in everything)), math.ceil(max(v for _, v in everything)))
-    high = max(high, low + 1)
+    low = math.floor(min(v for _, v in everything))
+    high = max(math.ceil(max(v for _, v in everything)), low + 1)
 
     def x(step: float) -> float:
         return LEFT + step / last * (WIDTH - LEFT - 12)
