@@ -10,29 +10,24 @@ needs no patch. Weights are loaded strictly: every parameter, or an error with t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.mhc import HCHeadOp
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.deepseek_mtp import SharedHead
 from vllm.model_executor.models.utils import maybe_prefix
-from vllm.models.deepseek_v4.cpu.model import DeepseekV4DecoderLayer
+from vllm.models.deepseek_v4.cpu.model import DeepseekV4DecoderLayer, DeepseekV4ForCausalLM
 from vllm.sequence import IntermediateTensors
 
-from kernels.cpu import LOGGER
-
-logger = init_logger(LOGGER)
-
-NAMES_SHOWN = 20
+from kernels.loading import Part, is_mtp_name
+from kernels.loading_vllm import load_strictly
+from kernels.quant_targets import align_mtp_targets
 
 
 class MultiTokenPredictorLayer(nn.Module):
@@ -123,10 +118,15 @@ class MultiTokenPredictor(nn.Module):
 class DeepSeekV4MTP(nn.Module):
     """The draft model that vLLM's proposer runs; interface of `nvidia/mtp.py`."""
 
+    packed_modules_mapping = DeepseekV4ForCausalLM.packed_modules_mapping
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.config = vllm_config.model_config.hf_config
         self.quant_config = vllm_config.quant_config
+        align_mtp_targets(
+            self.quant_config, self.config.num_hidden_layers, self.config.num_nextn_predict_layers
+        )
         self.model = MultiTokenPredictor(
             vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model")
         )
@@ -152,154 +152,13 @@ class DeepSeekV4MTP(nn.Module):
         layer = self.model.layer(spec_step_idx)
         return self.model.logits_processor(layer.shared_head.head, layer.head(hidden_states))
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load `mtp.*`; other names are the target's and are skipped.
+    def is_unused_checkpoint_weight(self, name: str) -> bool:
+        return not is_mtp_name(name)
 
-        Raises:
-            ValueError: names that fit no parameter, or parameters (experts, shards of fused
-                ones) that no name filled; up to 20 of each are listed.
-        """
-        loaded = MtpWeightLoader(self).load(weights)
-        logger.info_once("MTP draft model loaded: %d params", len(loaded))
-        return loaded
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load `mtp.*` strictly; other names are the target's and are skipped."""
+        return load_strictly(self, Part.DRAFT, weights)
 
 
 def _float_parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=False)
-
-
-class MtpWeightLoader:
-    """Maps checkpoint names to parameters of `DeepSeekV4MTP` and counts what was filled.
-
-    A unit is (parameter, shard, expert): shard is w1, w2, w3 for experts, the position for other
-    fused parameters, None for the rest.
-    """
-
-    # checkpoint module -> (fused module, position)
-    FUSED = {
-        "attn.wq_a": ("attn.fused_wqa_wkv", 0),
-        "attn.wkv": ("attn.fused_wqa_wkv", 1),
-        "ffn.shared_experts.w1": ("ffn.shared_experts.gate_up_proj", 0),
-        "ffn.shared_experts.w3": ("ffn.shared_experts.gate_up_proj", 1),
-    }
-    RENAMED = {
-        "ffn.shared_experts.w2.": "ffn.shared_experts.down_proj.",
-        "ffn.gate.bias": "ffn.gate.e_score_correction_bias",
-    }
-    LAYER_LEVEL = frozenset(
-        ("enorm", "hnorm", "e_proj", "h_proj", "hc_head_fn", "hc_head_base", "hc_head_scale")
-    )
-    # Taken from the target after loading; a checkpoint may carry copies.
-    SHARED = ("embed_tokens.weight", "shared_head.head.weight")
-    SCALES = ("scale", "weight_scale", "weight_scale_inv")
-    EXPERT = re.compile(r"ffn\.experts\.(\d+)\.(w[123])\.(\w+)")
-
-    def __init__(self, model: DeepSeekV4MTP) -> None:
-        self.first_layer = model.model.first_layer
-        self.num_layers = model.model.num_layers
-        self.num_experts = model.config.n_routed_experts
-        self.parameters = dict(model.named_parameters())
-
-    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        missing = self._units()
-        unexpected: list[str] = []
-        loaded: set[str] = set()
-        for name, tensor in weights:
-            match = re.fullmatch(r"(?:model\.)?mtp\.(\d+)\.(.+)", name)
-            if match is None:
-                continue
-            layer, rest = int(match[1]), match[2]
-            unit = self._unit(layer, rest) if layer < self.num_layers else None
-            if unit is None:
-                unexpected.append(name)
-                continue
-            self._fill(unit, tensor)
-            loaded.add(unit[0])
-            missing.discard(unit)
-        self._check(missing, unexpected)
-        return loaded
-
-    def _units(self) -> set[tuple[str, str | int | None, int | None]]:
-        units: set[tuple[str, str | int | None, int | None]] = set()
-        for name in self.parameters:
-            leaf = name.rsplit(".", 1)[-1]
-            if name.endswith(self.SHARED):
-                continue
-            if ".experts." in name:
-                shards = ("w1", "w3") if leaf.startswith("w13_") else ("w2",)
-                units |= {(name, s, e) for s in shards for e in range(self.num_experts)}
-            elif any(f".{fused}." in name for fused, _ in self.FUSED.values()):
-                units |= {(name, 0, None), (name, 1, None)}
-            else:
-                units.add((name, None, None))
-        return units
-
-    def _unit(self, layer: int, rest: str) -> tuple[str, str | int | None, int | None] | None:
-        """The unit that checkpoint name `mtp.{layer}.{rest}` fills, or None."""
-        base = f"model.layers.{self.first_layer + layer}."
-        if expert := self.EXPERT.fullmatch(rest):
-            index, shard, leaf = int(expert[1]), expert[2], expert[3]
-            fused = "w2" if shard == "w2" else "w13"
-            prefix = f"{base}mtp_block.ffn.experts.routed_experts.{fused}_"
-            name = self._existing(prefix, leaf)
-            return (name, shard, index) if name and index < self.num_experts else None
-        if rest == "emb.tok_emb.weight":
-            return "model.embed_tokens.weight", None, None
-        if rest in ("norm.weight", "head.weight"):
-            return f"{base}shared_head.{rest}", None, None
-        shard: int | None = None
-        if rest.split(".", 1)[0] not in self.LAYER_LEVEL:
-            module, _, leaf = rest.rpartition(".")
-            if module in self.FUSED:
-                module, shard = self.FUSED[module]
-                rest = f"{module}.{leaf}"
-            for old, new in self.RENAMED.items():
-                if rest.startswith(old):
-                    rest = new + rest[len(old) :]
-            base += "mtp_block."
-        prefix, dot, leaf = rest.rpartition(".")
-        name = self._existing(base + prefix + dot, leaf)
-        return (name, shard, None) if name else None
-
-    def _existing(self, prefix: str, leaf: str) -> str | None:
-        """`prefix + leaf`, a scale under whichever of its names the model has it."""
-        for candidate in self.SCALES if leaf in self.SCALES else (leaf,):
-            if prefix + candidate in self.parameters:
-                return prefix + candidate
-        return None
-
-    def _fill(self, unit: tuple[str, str | int | None, int | None], tensor: torch.Tensor) -> None:
-        name, shard, expert = unit
-        parameter = self.parameters[name]
-        if tensor.dtype == torch.float8_e8m0fnu and parameter.dtype == torch.uint8:
-            # Copying would convert the number, e.g. 2**-7 to 0; the bytes are meant.
-            tensor = tensor.view(torch.uint8)
-        if name.endswith("attn_sink"):
-            parameter.data[: tensor.shape[0]].copy_(tensor)
-            return
-        loader = getattr(parameter, "weight_loader", default_weight_loader)
-        if expert is not None:
-            loader(parameter, tensor, name, shard_id=shard, expert_id=expert)
-        elif shard is not None:
-            loader(parameter, tensor, shard)
-        else:
-            loader(parameter, tensor)
-
-    def _check(
-        self, missing: set[tuple[str, str | int | None, int | None]], unexpected: list[str]
-    ) -> None:
-        problems = []
-        if missing:
-            names = sorted(
-                f"{name}"
-                + (f" [{shard}]" if shard is not None else "")
-                + (f" of expert {expert}" if expert is not None else "")
-                for name, shard, expert in missing
-            )
-            problems.append(f"{len(names)} not filled: " + ", ".join(names[:NAMES_SHOWN]))
-        if unexpected:
-            problems.append(
-                f"{len(unexpected)} unexpected: " + ", ".join(sorted(unexpected)[:NAMES_SHOWN])
-            )
-        if problems:
-            raise ValueError("load of the MTP head: " + "; ".join(problems))

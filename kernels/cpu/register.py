@@ -16,5 +16,6 @@ def register_cpu() -> None:
     register_metadata_kernels()
     register_reference_linear(prefer=OpsChoice.from_env() is OpsChoice.REFERENCE)
     register_reference_experts()
-    # By name: vLLM's own MTP class on a CPU is a stub that raises.
+    # By name, so that nothing is imported yet. vLLM's own MTP class on a CPU is a stub that raises.
+    ModelRegistry.register_model("DeepseekV4ForCausalLM", "kernels.cpu.model:DeepseekV4ForCausalLM")
     ModelRegistry.register_model("DeepSeekV4MTPModel", "kernels.cpu.mtp:DeepSeekV4MTP")

@@ -1,0 +1,52 @@
+"""DeepSeek-V4 and its MTP head on NVIDIA GPUs: vLLM's classes, loaded strictly.
+
+Registered in place of vLLM's own under the same architecture names, so no patch is needed: what
+they add is the load, and the head's own view of the quantization config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from vllm.config import VllmConfig
+from vllm.models.deepseek_v4.nvidia.model import DeepseekV4ForCausalLM as VllmTarget
+from vllm.models.deepseek_v4.nvidia.mtp import DeepSeekV4MTP as VllmDraft
+
+from kernels.loading import Part, is_mtp_name
+from kernels.loading_vllm import load_strictly
+from kernels.quant_targets import align_mtp_targets
+
+
+class DeepseekV4ForCausalLM(VllmTarget):
+    """vLLM's target; every parameter is loaded, or the load fails with the names."""
+
+    def is_unused_checkpoint_weight(self, name: str) -> bool:
+        return is_mtp_name(name)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        loaded = load_strictly(self, Part.TARGET, weights)
+        self.process_weights_after_loading()
+        return loaded
+
+
+class DeepSeekV4MTP(VllmDraft):
+    """vLLM's draft, loaded strictly, with quantization targets that may say `mtp.0.`."""
+
+    # As the target has it: the head must resolve its fused modules by itself.
+    packed_modules_mapping = VllmTarget.packed_modules_mapping
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        config = vllm_config.model_config.hf_config
+        align_mtp_targets(
+            vllm_config.quant_config, config.num_hidden_layers, config.num_nextn_predict_layers
+        )
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    def is_unused_checkpoint_weight(self, name: str) -> bool:
+        return not is_mtp_name(name)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        loaded = load_strictly(self, Part.DRAFT, weights)
+        self.process_weights_after_loading()
+        return loaded
