@@ -9,17 +9,31 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from torch import nn
 from vllm.config import VllmConfig
 from vllm.models.deepseek_v4.nvidia.model import DeepseekV4ForCausalLM as VllmTarget
 from vllm.models.deepseek_v4.nvidia.mtp import DeepSeekV4MTP as VllmDraft
+from vllm.platforms import current_platform
+from vllm.utils.deep_gemm import is_deep_gemm_e8m0_used
 
 from kernels.loading import Part, is_mtp_name
 from kernels.loading_vllm import load_strictly
+from kernels.nvidia.guards import check_fp8_kernels
 from kernels.quant_targets import align_mtp_targets
+
+
+def check(model: nn.Module) -> None:
+    """Refuse kernels that would compute wrong numbers on this GPU."""
+    capability = current_platform.get_device_capability()
+    check_fp8_kernels(model, capability.major, is_deep_gemm_e8m0_used())
 
 
 class DeepseekV4ForCausalLM(VllmTarget):
     """vLLM's target; every parameter is loaded, or the load fails with the names."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        check(self)
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:
         return is_mtp_name(name)
@@ -42,6 +56,7 @@ class DeepSeekV4MTP(VllmDraft):
             vllm_config.quant_config, config.num_hidden_layers, config.num_nextn_predict_layers
         )
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        check(self)
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:
         return not is_mtp_name(name)
