@@ -1,10 +1,11 @@
 """One life of the patched engine, in a process of its own: `run_engine.py JOB.json RESULT.npz`.
 
 JOB: {"model", "engine": vLLM arguments, "requests": [{"ids": [...], "max_tokens", "logprobs"}],
-      "batches": [[request indices generated together], ...]}; logprobs: null, "output" or "all"
-RESULT: for request i `tokens_i`; where logprobs were asked, `output_i` (tokens, vocabulary) and
-with "all" `prompt_i` (positions, vocabulary); `counters`, JSON of vLLM's speculation counters;
-`ops`, JSON of `chosen_ops()`.
+      "batches": [[request indices generated together], ...]}
+logprobs: null, a count of best tokens, "output" (every token), or "all" (the prompt's too).
+RESULT: for request i `tokens_i`; where logprobs were asked, `output_i` (tokens, vocabulary), NaN
+where not known, and with "all" `prompt_i` (positions, vocabulary); `counters`, JSON of vLLM's
+speculation counters; `ops`, JSON of `chosen_ops()`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+# vLLM's word for every token of the vocabulary.
+COUNTS = {"output": -1, "all": -1}
 
 
 def dense(rows: Any, width: int) -> np.ndarray:
@@ -52,17 +56,17 @@ def main(job_file: str, result_file: str) -> None:
                 max_tokens=requests[i]["max_tokens"],
                 ignore_eos=True,
                 detokenize=False,
-                logprobs=-1 if requests[i].get("logprobs") else None,
-                prompt_logprobs=-1 if requests[i].get("logprobs") == "all" else None,
+                logprobs=COUNTS.get(requests[i]["logprobs"], requests[i]["logprobs"]),
+                prompt_logprobs=-1 if requests[i]["logprobs"] == "all" else None,
             )
             for i in batch
         ]
         for i, output in zip(batch, llm.generate(prompts, parameters), strict=True):
             completion = output.outputs[0]
             result[f"tokens_{i}"] = np.array(completion.token_ids)
-            if requests[i].get("logprobs"):
+            if requests[i]["logprobs"]:
                 result[f"output_{i}"] = dense(completion.logprobs, width)
-            if requests[i].get("logprobs") == "all":
+            if requests[i]["logprobs"] == "all":
                 result[f"prompt_{i}"] = dense(output.prompt_logprobs, width)
     counters = {
         metric.name.removeprefix("vllm:"): getattr(metric, "value", None)

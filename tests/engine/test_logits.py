@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm")
 
-from tests.engine.conftest import CHECKPOINT, HERE, request
+from tests.engine.engine import CHECKPOINT, HERE, request
 from tiny import export
 from tiny.load import load
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm")
 
-from tests.engine.conftest import CHECKPOINT, request
+from tests.engine.engine import CHECKPOINT, request
 from tiny.export import INDEX, read_index
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]

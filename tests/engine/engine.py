@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 HERE = Path(__file__).parent
@@ -58,21 +57,29 @@ class EngineRun:
         return torch.from_numpy(np.concatenate(parts))
 
 
-def request(ids: list[int], max_tokens: int, logprobs: str | None = None) -> dict[str, Any]:
-    """A job's request; logprobs: None, "output" or "all"."""
+def request(ids: list[int], max_tokens: int, logprobs: str | int | None = None) -> dict[str, Any]:
+    """A job's request; logprobs: None, how many of the best, "output" or "all"."""
     return {"ids": ids, "max_tokens": max_tokens, "logprobs": logprobs}
 
 
-@pytest.fixture(scope="session")
-def run_engine(tmp_path_factory):
-    """run_engine(model, requests, batches=None, env=None, **vLLM arguments) -> EngineRun."""
-    folder = tmp_path_factory.mktemp("engine")
-    count = 0
+class Engines:
+    """Starts engines, one process each; jobs and results go to `folder`."""
 
-    def run(model, requests, batches=None, env=None, **engine) -> EngineRun:
-        nonlocal count
-        count += 1
-        job, result = folder / f"{count}.json", folder / f"{count}.npz"
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.count = 0
+
+    def __call__(
+        self,
+        model: Path,
+        requests: list[dict[str, Any]],
+        batches: list[list[int]] | None = None,
+        env: dict[str, str] | None = None,
+        **engine: Any,
+    ) -> EngineRun:
+        """Run the requests; `engine` are vLLM's arguments. Fails with the log's end."""
+        self.count += 1
+        job, result = self.folder / f"{self.count}.json", self.folder / f"{self.count}.npz"
         body = {"model": str(model), "engine": engine, "requests": requests}
         if batches is not None:
             body["batches"] = batches
@@ -86,9 +93,8 @@ def run_engine(tmp_path_factory):
             "HF_HUB_OFFLINE": "1",
             **(env or {}),
         }
-        command = [sys.executable, str(HERE / "run_engine.py"), str(job), str(result)]
         done = subprocess.run(
-            command,
+            [sys.executable, str(HERE / "run_engine.py"), str(job), str(result)],
             env=environment,
             text=True,
             stdout=subprocess.PIPE,
@@ -98,5 +104,3 @@ def run_engine(tmp_path_factory):
         assert done.returncode == 0, done.stdout[-6000:]
         with np.load(result) as arrays:
             return EngineRun(dict(arrays), done.stdout)
-
-    return run
