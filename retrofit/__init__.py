@@ -1,0 +1,1 @@
+"""Checkpoint surgery: read, quantize, put the MTP head back, verify."""
