@@ -12,6 +12,7 @@ from serve.command import vllm_command
 from serve.engine import REPOSITORY, check_engine
 from serve.environment import added_environment, engine_environment
 from serve.errors import ServeError
+from serve.plan import run_plan
 from serve.profiles import MAX_SPECULATIVE_TOKENS, load_profile, profile_names
 
 
@@ -50,6 +51,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="instead of the profile's; 0 serves without MTP",
     )
     run_parser.add_argument("--dry-run", action="store_true", help="print the command only")
+    plan_parser = commands.add_parser("plan", help="memory of a profile; nothing is loaded")
+    plan_parser.add_argument("--profile", required=True, help=f"one of {profile_names()}")
+    plan_parser.add_argument("--model", type=Path, metavar="DIR", help="read its config, headers")
+    plan_parser.add_argument("--json", action="store_true", help="for other programs")
     return parser.parse_args(argv)
 
 
@@ -65,7 +70,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
     arguments = parse_arguments(argv)
     try:
-        run(arguments)
+        if arguments.command == "plan":
+            run_plan(load_profile(arguments.profile), arguments.model, arguments.json)
+        else:
+            run(arguments)
     except ServeError as error:
         print(f"serve: {error}", file=sys.stderr)
         return error.exit_code

@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from serve.profiles import Profile
+from serve.profiles import Device, Profile
 
 
 def vllm_command(
@@ -28,6 +28,11 @@ def vllm_command(
     command += ["--block-size", str(profile.block_size)]
     command += ["--kv-cache-dtype", profile.kv_cache_dtype.value]
     command += ["--enable-prompt-tokens-details"]
+    if profile.device is Device.CUDA:
+        command += ["--tensor-parallel-size", str(profile.tensor_parallel_size)]
+        command += ["--gpu-memory-utilization", str(profile.gpu_memory_utilization)]
+        # vLLM turns its own all-reduce on for two cards without a test of peer access.
+        command += ["--disable-custom-all-reduce"]
     if profile.enforce_eager:
         command += ["--enforce-eager"]
     if num_speculative_tokens:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 
 from serve.errors import ConfigError
-from serve.profiles import Profile
+from serve.profiles import Device, Profile
 
 PLUGIN = "dsv4_maxq"
 
@@ -25,11 +25,11 @@ def engine_environment(profile: Profile, base: Mapping[str, str] | None = None) 
 
 def added_environment(profile: Profile) -> dict[str, str]:
     """Return the variables that the profile sets, whatever the caller's environment says."""
-    return {
-        "DO_NOT_TRACK": "1",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": str(profile.cpu_num_threads),
-        "VLLM_CPU_KVCACHE_SPACE": str(profile.cpu_kv_cache_gib),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other processes share the cores
-        "VLLM_NO_USAGE_STATS": "1",
-    }
+    added = {"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if profile.device is Device.CPU:
+        added |= {
+            "OMP_NUM_THREADS": str(profile.cpu_num_threads),
+            "VLLM_CPU_KVCACHE_SPACE": str(profile.cpu_kv_cache_gib),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other processes share the cores
+        }
+    return added

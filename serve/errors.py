@@ -21,6 +21,12 @@ class CheckpointError(ServeError):
     exit_code = 3
 
 
+class PlanError(ServeError):
+    """The profile does not fit its cards."""
+
+    exit_code = 3
+
+
 class EngineError(ServeError):
     """The installed vLLM is not the patched one."""
 

@@ -9,13 +9,21 @@ from serve.errors import ConfigError
 
 PROFILE_DIR = Path(__file__).parent / "profiles"
 MAX_SPECULATIVE_TOKENS = 3
-_POSITIVE = (
-    "max_model_len",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "cpu_kv_cache_gib",
-    "cpu_num_threads",
-)
+_POSITIVE = ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
+
+
+class Device(StrEnum):
+    """What the engine runs on."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+# Keys that a profile has for its device only; the fields of the other one are zero.
+DEVICE_KEYS = {
+    Device.CPU: ("cpu_kv_cache_gib", "cpu_num_threads"),
+    Device.CUDA: ("tensor_parallel_size", "gpu_memory_utilization"),
+}
 
 
 class KvCacheDtype(StrEnum):
@@ -37,6 +45,7 @@ class Profile:
     """What the server runs with. Fields that share a vLLM flag's name mean what the flag means."""
 
     name: str
+    device: Device
     model: str
     served_model_name: str
     max_model_len: int
@@ -48,8 +57,10 @@ class Profile:
     enforce_eager: bool
     reasoning_parser: ReasoningParser
     thinking: bool
-    cpu_kv_cache_gib: int
-    cpu_num_threads: int
+    cpu_kv_cache_gib: int = 0
+    cpu_num_threads: int = 0
+    tensor_parallel_size: int = 0
+    gpu_memory_utilization: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -64,9 +75,14 @@ class Profile:
                 raise self._error(field.name, value, f"must be of type {kind.__name__}")
             elif kind is str and not value:
                 raise self._error(field.name, value, "must not be empty")
-        for name in _POSITIVE:
+        counts = [key for key in DEVICE_KEYS[self.device] if key != "gpu_memory_utilization"]
+        for name in (*_POSITIVE, *counts):
             if getattr(self, name) < 1:
                 raise self._error(name, getattr(self, name), "must be at least 1")
+        if self.device is Device.CUDA and not 0 < self.gpu_memory_utilization < 1:
+            raise self._error(
+                "gpu_memory_utilization", self.gpu_memory_utilization, "must be between 0 and 1"
+            )
         if self.block_size != 256:
             raise self._error("block_size", self.block_size, "DeepSeek-V4 takes 256 only")
         if not 0 <= self.num_speculative_tokens <= MAX_SPECULATIVE_TOKENS:
@@ -99,7 +115,9 @@ def load_profile(name: str, folder: Path = PROFILE_DIR) -> Profile:
         data = tomllib.loads((folder / f"{name}.toml").read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"profile {name}: not TOML: {error}") from error
-    known = {field.name for field in fields(Profile)}
+    device = data.get("device")
+    other = [key for kind, keys in DEVICE_KEYS.items() if kind != device for key in keys]
+    known = {field.name for field in fields(Profile)} - set(other)
     if unknown := sorted(data.keys() - known):
         raise ConfigError(f"profile {name}: unknown key {unknown[0]!r}")
     if missing := sorted(known - data.keys()):

@@ -63,6 +63,26 @@ def test_each_cpu_field_changes_its_variable(field, changed, variable, expected)
     assert engine_environment(changed_profile, {})[variable] == expected
 
 
+@pytest.mark.parametrize(
+    ("field", "changed", "flag", "expected"),
+    [
+        ("tensor_parallel_size", 1, "--tensor-parallel-size", "1"),
+        ("gpu_memory_utilization", 0.9, "--gpu-memory-utilization", "0.9"),
+    ],
+)
+def test_each_gpu_field_changes_its_flag(field, changed, flag, expected):
+    profile = load_profile("524k")
+    assert value(command(profile), flag) != expected
+    assert value(command(replace(profile, **{field: changed})), flag) == expected
+
+
+def test_only_a_gpu_profile_has_the_gpu_s_flags_and_only_a_cpu_profile_the_cpu_s_variables():
+    gpu = load_profile("524k")
+    assert "--disable-custom-all-reduce" in command(gpu)
+    assert "--disable-custom-all-reduce" not in command()
+    assert "VLLM_CPU_KVCACHE_SPACE" not in engine_environment(gpu, {})
+
+
 def test_the_engine_is_offline_and_sends_no_usage_statistics():
     env = engine_environment(PROFILE, {"PATH": "/bin", "HF_HUB_OFFLINE": "0"})
     assert env["HF_HUB_OFFLINE"] == env["VLLM_NO_USAGE_STATS"] == env["DO_NOT_TRACK"] == "1"

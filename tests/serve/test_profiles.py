@@ -12,8 +12,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def replace(folder, old, new):
-    path = folder / "cpu-tiny.toml"
+def replace(folder, old, new, name="cpu-tiny"):
+    path = folder / f"{name}.toml"
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
@@ -25,7 +25,7 @@ def test_every_profile_loads(name):
 
 
 def test_an_unknown_profile_is_refused_with_the_known_ones(folder):
-    with pytest.raises(ConfigError, match=r"'nope' does not exist; there are \['cpu-tiny'\]"):
+    with pytest.raises(ConfigError, match=r"'nope' does not exist; there are \[.*'cpu-tiny'\]"):
         load_profile("nope", folder)
 
 
@@ -51,6 +51,9 @@ def test_a_path_is_no_profile_name():
         ('"dsv4-tiny"', '""', "served_model_name = ''; must not be empty"),
         ('name = "cpu-tiny"', 'name = "other"', "name = 'other'; must be the file's name"),
         ("thinking = false", "thinking = ", "not TOML"),
+        ('device = "cpu"', 'device = "tpu"', "unknown key 'cpu_kv_cache_gib'"),
+        ('device = "cpu"', "", "unknown key"),
+        ("cpu_num_threads = 1", "tensor_parallel_size = 2", "unknown key 'tensor_parallel_size'"),
     ],
 )
 def test_a_bad_profile_is_refused_in_one_line(folder, old, new, message):
@@ -58,3 +61,19 @@ def test_a_bad_profile_is_refused_in_one_line(folder, old, new, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load_profile("cpu-tiny", folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("gpu_memory_utilization = 0.93", "gpu_memory_utilization = 1.0", "must be between 0 and"),
+        ("gpu_memory_utilization = 0.93", "gpu_memory_utilization = 1", "must be of type float"),
+        ("tensor_parallel_size = 2", "tensor_parallel_size = 0", "must be at least 1"),
+        ("tensor_parallel_size = 2", "", "key 'tensor_parallel_size' is missing"),
+        ("tensor_parallel_size = 2", "cpu_num_threads = 2", "unknown key 'cpu_num_threads'"),
+    ],
+)
+def test_a_bad_gpu_profile_is_refused_in_one_line(folder, old, new, message):
+    replace(folder, old, new, "524k")
+    with pytest.raises(ConfigError, match=message):
+        load_profile("524k", folder)

@@ -12,22 +12,28 @@ PARSE = """
 import json, sys
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(sys.argv[1:])
-validate_parsed_serve_args(arguments)
-print(json.dumps([arguments.speculative_config, arguments.default_chat_template_kwargs]))
+parsed = []
+for flags in json.loads(sys.argv[1]):
+    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
+    validate_parsed_serve_args(arguments)
+    parsed.append([arguments.speculative_config, arguments.default_chat_template_kwargs])
+print(json.dumps(parsed))
 """
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("name", profile_names())
-def test_the_pinned_vllm_takes_the_flags_of_each_profile(name):
-    command = vllm_command(load_profile(name), Path("/model"), "127.0.0.1", 8000, 1)
-    flags = command[command.index("--model") :]
+def test_the_pinned_vllm_takes_the_flags_of_each_profile():
+    commands = [
+        vllm_command(load_profile(name), Path("/model"), "127.0.0.1", 8000, 1)
+        for name in profile_names()
+    ]
+    flags = [command[command.index("--model") :] for command in commands]
     done = subprocess.run(
-        [sys.executable, "-c", PARSE, *flags], capture_output=True, text=True, check=False
+        [sys.executable, "-c", PARSE, json.dumps(flags)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == [
-        {"method": "mtp", "num_speculative_tokens": 1},
-        {"thinking": False},
-    ]
+    expected = [{"method": "mtp", "num_speculative_tokens": 1}, {"thinking": False}]
+    assert json.loads(done.stdout.splitlines()[-1]) == [expected] * len(commands)
