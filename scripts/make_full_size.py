@@ -84,7 +84,8 @@ class Draw:
         self.seed, self.device = seed, device
 
     def generator(self, name: str) -> torch.Generator:
-        seed = zlib.crc32(name.encode()) + (self.seed << 32)
+        # The CPU's generator takes 32 bits of the seed.
+        seed = zlib.crc32(f"{self.seed}:{name}".encode())
         return torch.Generator(self.device).manual_seed(seed)
 
     def normal(self, name: str, shape: tuple[int, ...], std: float) -> torch.Tensor:
