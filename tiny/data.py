@@ -56,9 +56,7 @@ class Data:
         """The rows (rows, length) of one training step; a function of seed and step alone."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         num_chat = round(rows * chat_share) if length <= CHAT_ROW else 0
-        starts = torch.randint(
-            0, len(self.plain) - length, (rows - num_chat,), generator=generator
-        )
+        starts = torch.randint(0, len(self.plain) - length, (rows - num_chat,), generator=generator)
         plain = self.windows(self.plain, starts, length)
         if num_chat == 0:
             return plain

@@ -80,9 +80,7 @@ W4A16_QUANTIZATION = {
         },
         "experts": {
             "format": "pack-quantized",
-            "targets": [
-                r"re:.*experts\.\d+\.(w1|w2|w3|gate_proj|up_proj|down_proj|gate_up_proj)$"
-            ],
+            "targets": [r"re:.*experts\.\d+\.(w1|w2|w3|gate_proj|up_proj|down_proj|gate_up_proj)$"],
             "weights": {
                 "num_bits": 4,
                 "type": "int",

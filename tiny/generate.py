@@ -76,9 +76,7 @@ def greedy(
         streams = model.trunk(tokens[:, : longest + i], dtype)  # what lies behind is not seen
         last = streams[rows, lengths + i - 1][:, None]  # (B, 1, hc, hidden)
         tokens[rows, lengths + i] = model.logits(last)[:, 0].argmax(-1)
-    return [
-        tokens[row, len(p) : len(p) + max_tokens].tolist() for row, p in enumerate(prompts)
-    ]
+    return [tokens[row, len(p) : len(p) + max_tokens].tolist() for row, p in enumerate(prompts)]
 
 
 @torch.no_grad()

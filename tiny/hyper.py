@@ -106,8 +106,6 @@ class HyperHead(nn.Module):
         dtype = wide(streams.dtype)
         normed = rms_normalize(streams.flatten(-2), config.rms_norm_eps)
         mixes = normed @ self.hc_head_fn.to(dtype).t()
-        gates = torch.sigmoid(
-            mixes * self.hc_head_scale.to(dtype) + self.hc_head_base.to(dtype)
-        )
+        gates = torch.sigmoid(mixes * self.hc_head_scale.to(dtype) + self.hc_head_base.to(dtype))
         gates = gates + config.hc_eps
         return (gates[..., None] * streams.to(dtype)).sum(-2).to(streams.dtype)

@@ -48,8 +48,10 @@ def fake_fp8_block(weight: torch.Tensor) -> torch.Tensor:
         same shape and dtype; equals `dequantize_fp8_block(*quantize_fp8_block(weight))`.
     """
     out_features, in_features = weight.shape
-    blocks = weight.detach().float().view(
-        out_features // FP8_BLOCK, FP8_BLOCK, in_features // FP8_BLOCK, FP8_BLOCK
+    blocks = (
+        weight.detach()
+        .float()
+        .view(out_features // FP8_BLOCK, FP8_BLOCK, in_features // FP8_BLOCK, FP8_BLOCK)
     )
     scale = ue8m0_scale(blocks.abs().amax(dim=(1, 3), keepdim=True), FP8_MAX)
     rounded = (blocks / scale).to(torch.float8_e4m3fn).float() * scale

@@ -1,4 +1,4 @@
-"""Guard of spec-decode-map-draft-tokens-to-their-requests-anew-after-the-first-step.patch."""
+"""Guard of spec-decode-map-draft-tokens-to-their-requests-anew-after.patch."""
 
 import pytest
 

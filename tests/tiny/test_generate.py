@@ -35,8 +35,9 @@ def test_the_walk_ends_at_the_end_of_sentence():
 
 
 def test_rate_and_length_are_vllms():
-    figures = Acceptance(2, num_drafts=10, num_draft_tokens=20, num_accepted_tokens=9,
-                         per_position=(6, 3))
+    figures = Acceptance(
+        2, num_drafts=10, num_draft_tokens=20, num_accepted_tokens=9, per_position=(6, 3)
+    )
     assert figures.acceptance_rate == 9 / 20
     assert figures.acceptance_length == 1 + 9 / 10
 
