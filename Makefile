@@ -11,6 +11,7 @@ PYTHON ?= $(or $(shell for p in python3 python3.14 python3.13 python3.12 python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.dsv4-maxq
+GPU_PYTHON ?= $(PY)
 PROFILE ?= cpu-tiny
 PORT ?= 8000
 
@@ -35,8 +36,9 @@ demo: $(STAMP) ## serve the tiny model without and with MTP, compare, print a ta
 test: $(STAMP) ## every test that needs no GPU
 	@$(PY) -m pytest -q -m "not gpu"
 
-test-gpu: $(STAMP) ## the tests that need a CUDA device
-	@$(PY) -m pytest -q -m gpu
+# On a GPU host vLLM's CUDA wheel is installed otherwise: GPU_PYTHON=python3.
+test-gpu: $(if $(filter $(PY),$(GPU_PYTHON)),$(STAMP)) ## the tests that need a CUDA device
+	@$(GPU_PYTHON) -m pytest -q -m gpu
 
 lint: $(STAMP) ## ruff, formatting, patch headers
 	@$(PY) -m ruff check .

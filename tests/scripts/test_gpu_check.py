@@ -1,0 +1,129 @@
+"""What the GPU run's driver concludes from its results; the run itself needs a GPU."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import distributions
+
+import pytest
+
+from scripts import gpu_check
+from scripts.gpu_check import CASES, accepted, judge, main, noise, parity_problems, report
+
+KINDS = {
+    "window/layer": {"calls": 2, "us_per_call": 10.0},
+    "mtp/attn": {"calls": 1, "us_per_call": 3.0},
+}
+
+
+def text(tokens: list[int], gaps: list[float]) -> dict:
+    return {"tokens": tokens, "gaps": gaps}
+
+
+def result(tokens: list[int], k: int = 0, **changes) -> dict:
+    """A sound case with one prompt."""
+    texts = [text(tokens, [5.0, 0.02, 5.0])]
+    load = {"target": {}, "draft": {}} if k else {"target": {}}
+    speculation = {"num_accepted_tokens": 9, "acceptance_rate": 0.9} if k else None
+    row = {"output_throughput": 100.0, "tpot_ms": 10.0}
+    return {
+        "error": None,
+        "start_s": 60.0,
+        "prompt_tokens": [128],
+        "together": texts,
+        "alone": [text([1, 2, 3], [5.0, 0.05, 5.0])],
+        "streams": {str(streams): row for streams in (1, 2, 4, 8)},
+        "long": {"prompt_tokens": 65_536, "seconds_first_token": 7.0},
+        "load": load,
+        "speculation": speculation,
+        **changes,
+    }
+
+
+PLAIN = result([1, 2, 3])
+
+
+def test_the_noise_is_how_far_the_gap_moves_between_two_batch_shapes():
+    assert noise(PLAIN) == pytest.approx(0.03)
+
+
+def test_the_noise_ends_where_the_texts_part():
+    plain = result([1, 2, 3], alone=[text([1, 9, 3], [5.0, 0.03, 99.0])])
+    assert noise(plain) == pytest.approx(0.01)
+
+
+def test_texts_may_part_where_the_two_best_tokens_were_within_the_noise():
+    assert parity_problems(PLAIN, result([1, 9, 9])) == []
+    assert parity_problems(PLAIN, result([9, 2, 3])) == [
+        "prompt of 128 tokens parts at 0: gap 5.0000, noise 0.0300"
+    ]
+
+
+def test_sound_results_have_no_problem():
+    assert judge({"graphs-k0": PLAIN, "graphs-k1": result([1, 2, 3], k=1)}) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"error": "ValueError: load of the target: 1 missing"}, "graphs-k1: ValueError: load of"),
+        ({"together": [text([7, 2, 3], [5.0] * 3)]}, "graphs-k1: prompt of 128 tokens parts at 0"),
+        ({"load": {"target": {}}}, "graphs-k1: no load record of draft"),
+        ({"speculation": {"num_accepted_tokens": 0}}, "graphs-k1: no draft token was accepted"),
+        ({"long": {"prompt_tokens": 10}}, "graphs-k1: the long prompt had 10 tokens"),
+    ],
+)
+def test_each_thing_that_is_wrong_is_named(changes, problem):
+    [found] = judge({"graphs-k0": PLAIN, "graphs-k1": result([1, 2, 3], k=1, **changes)})
+    assert found.startswith(problem)
+
+
+def test_without_the_plain_case_there_is_nothing_to_compare_with():
+    [found] = judge({"graphs-k2": result([1, 2, 3], k=2)})
+    assert found == "graphs-k2: nothing to compare with; run graphs-k0"
+
+
+def test_acceptance_is_the_difference_of_two_readings():
+    before = {"num_drafts": 10, "num_draft_tokens": 20, "num_accepted_tokens": 5}
+    after = {"num_drafts": 20, "num_draft_tokens": 40, "num_accepted_tokens": 15}
+    found = accepted(before, after)
+    assert found["acceptance_rate"] == 0.5
+    assert found["acceptance_length"] == 2.0
+    assert accepted(before, before)["acceptance_rate"] is None
+
+
+def test_the_report_has_a_row_for_each_case_and_a_table_for_each_profile():
+    results = {
+        "graphs-k0": PLAIN,
+        "eager-k1": result([1, 2, 3], k=1, profile={"kinds": KINDS}),
+        "tiny-k0": {"error": "RuntimeError: no kernel\nmore"},
+    }
+    lines = report(results).splitlines()
+    assert "| graphs-k0 | 60 | - | 100, 100, 100, 100 | 10.00 | 7.0 s |" in lines
+    assert "| tiny-k0 | RuntimeError: no kernel | | | | |" in lines
+    assert "| window | 10.0 | - | - |" in lines
+    assert "| mtp | - | 3.0 | - |" in lines
+
+
+def test_a_case_that_ends_without_a_result_is_a_failed_case(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "__file__", str(tmp_path / "absent.py"))
+    arguments = ["--checkpoint", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main(["run", *arguments, "--cases", "graphs-k0"]) == 1
+    body = json.loads((tmp_path / "out" / "graphs-k0.json").read_text())
+    assert body["error"] == "ended with status 2 and no result"
+    assert main(["report", "--out", str(tmp_path / "out")]) == 1
+    assert "graphs-k0: ended with status 2" in capsys.readouterr().err
+
+
+def test_an_unknown_case_is_refused_with_the_known_ones(capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "--checkpoint", "x", "--out", "y", "--cases", "graphs-k0,nope"])
+    assert f"'nope'; there are {', '.join(CASES)}" in capsys.readouterr().err
+
+
+def test_prepare_makes_the_plugin_an_entry_point(tmp_path, capsys):
+    assert main(["prepare", "--plugin", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("export PYTHONPATH=")
+    [found] = distributions(path=[str(tmp_path)])
+    [entry] = found.entry_points.select(group="vllm.general_plugins")
+    assert (entry.name, entry.value) == ("dsv4_maxq", "kernels.plugin:register")
