@@ -125,8 +125,9 @@ def render(libraries: list[Library], sources: dict[str, str]) -> str:
     lines = [
         "# GPU code in the shared libraries",
         "",
-        "Compiled images by architecture (`cuobjdump` counts sm_120f as sm_120), and the architectures of the PTX that a driver can",
-        "compile for newer cards. Made by `scripts/list_architectures.py` from",
+        "Compiled images by architecture (`cuobjdump` counts sm_120f as sm_120), and the",
+        "architectures of the PTX that a driver can compile for newer cards. Made by",
+        "`scripts/list_architectures.py` from",
         *(f"`{name}` (sha256 `{digest[:16]}`)" for name, digest in sources.items()),
         "",
         "| library | MB | " + " | ".join(columns) + " | PTX |",
