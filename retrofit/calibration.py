@@ -249,16 +249,23 @@ class Calibration:
         self._bounds = np.cumsum([0, *self.counts])
 
     def rows_of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs bf16 (n, hidden) and route weights f32 (n) of one expert, in order of capture.
+        """Inputs bf16 (n, hidden) and route weights f32 (n) of one expert, in order of capture."""
+        positions = self._order[self._bounds[expert] : self._bounds[expert + 1]]
+        return self._gather(positions // self._topk), self._weights[positions]
+
+    def check_finite(self) -> None:
+        """Read every row once.
 
         Raises:
             BadInput: a value is not finite.
         """
-        positions = self._order[self._bounds[expert] : self._bounds[expert + 1]]
-        hidden = self._gather(positions // self._topk)
-        if not hidden.isfinite().all():
-            raise BadInput(f"{self.folder}: rows of expert {expert} hold NaN or infinity")
-        return hidden, self._weights[positions]
+        for number, part in enumerate(self._hidden):
+            for start in range(0, len(part), ROWS_PER_FILE):
+                rows = torch.from_numpy(np.array(part[start : start + ROWS_PER_FILE]))
+                if not rows.view(torch.bfloat16).isfinite().all():
+                    raise BadInput(
+                        f"{self.folder / rows_file(number)}: hidden holds NaN or infinity"
+                    )
 
     def sample(self, most: int) -> torch.Tensor:
         """At most so many rows, evenly spaced over all: bf16 (n, hidden)."""

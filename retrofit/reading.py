@@ -5,6 +5,7 @@ Opening reads the headers only, so that a checkpoint of 160 GB opens in seconds.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import struct
@@ -132,6 +133,7 @@ class Checkpoint:
     config: dict[str, Any] = field(default_factory=dict)
     entries: dict[str, Entry] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+    absent_shards: list[str] = field(default_factory=list)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor.
@@ -175,13 +177,13 @@ def scan(folder: Path) -> Checkpoint:
                 f"{name}: in two files, {checkpoint.entries[name].path.name} and {path.name}"
             )
         checkpoint.entries |= header
-    checkpoint.faults += index_faults(folder, found, checkpoint.entries)
+    checkpoint.faults += index_faults(checkpoint, found)
     return checkpoint
 
 
-def index_faults(folder: Path, found: list[Path], entries: dict[str, Entry]) -> list[str]:
-    """How the index and the files differ."""
-    path = folder / INDEX
+def index_faults(checkpoint: Checkpoint, found: list[Path]) -> list[str]:
+    """How the index and the files differ; shards that are only named go to `absent_shards`."""
+    path, entries = checkpoint.folder / INDEX, checkpoint.entries
     if not path.exists() and len(found) == 1:
         return []
     try:
@@ -191,10 +193,8 @@ def index_faults(folder: Path, found: list[Path], entries: dict[str, Entry]) -> 
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         return [f"{path}: no weight_map of names to files"]
     names = {p.name for p in found}
-    faults = [
-        f"{INDEX}: names {shard}, which does not exist"
-        for shard in sorted(set(weight_map.values()) - names)
-    ]
+    checkpoint.absent_shards = sorted(set(weight_map.values()) - names)
+    faults = []
     faults += [
         f"{INDEX}: does not list {shard}; vLLM drops such a file without a message"
         for shard in sorted(names - set(weight_map.values()))
@@ -214,15 +214,39 @@ def index_faults(folder: Path, found: list[Path], entries: dict[str, Entry]) -> 
     return faults
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def absent_faults(checkpoint: Checkpoint) -> list[str]:
+    """One fault for each shard that the index names and that is not there."""
+    return [f"{INDEX}: names {shard}, which does not exist" for shard in checkpoint.absent_shards]
+
+
+def open_checkpoint(folder: Path, partial: bool = False) -> Checkpoint:
     """`scan`, for commands that need a sound checkpoint.
 
+    Args:
+        folder: see `scan`.
+        partial: shards may be absent, as when only those with the head were downloaded.
     Raises:
         BadInput: the first fault, and how many there are.
     """
     checkpoint = scan(folder)
-    if checkpoint.faults:
-        more = len(checkpoint.faults) - 1
-        tail = f" (and {more} more; `inspect` lists them)" if more else ""
-        raise BadInput(f"{folder}: {checkpoint.faults[0]}{tail}")
+    faults = checkpoint.faults + ([] if partial else absent_faults(checkpoint))
+    refuse(folder, faults)
     return checkpoint
+
+
+def refuse(folder: Path, faults: list[str]) -> None:
+    """Raise BadInput with the first fault and the number of others, if there is one."""
+    if faults:
+        more = len(faults) - 1
+        raise BadInput(f"{folder}: {faults[0]}" + (f" (and {more} more)" if more else ""))
+
+
+def headers_sha256(checkpoint: Checkpoint) -> str:
+    """Digest of config.json and of every shard's name, size and header: quick at any size."""
+    digest = hashlib.sha256((checkpoint.folder / CONFIG).read_bytes())
+    for path in checkpoint.shards():
+        with path.open("rb") as file:
+            prefix = file.read(HEADER_LEN_BYTES)
+            header = file.read(struct.unpack("<Q", prefix)[0])
+        digest.update(f"{path.name} {path.stat().st_size} ".encode() + header)
+    return digest.hexdigest()

@@ -1,0 +1,94 @@
+"""`python -m retrofit inspect | quantize-base | mtp | verify`.
+
+Exit status: 0 done or sound; 1 a check found faults; 2 bad options or input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from retrofit import inspection, mtp, quantize_base, verify
+from retrofit.errors import BadInput
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python -m retrofit", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+
+    inspect = commands.add_parser("inspect", help="what a checkpoint holds, from its headers")
+    inspect.add_argument("path", type=Path)
+
+    base = commands.add_parser("quantize-base", help="original FP4/FP8 to W4A16-FP8, without data")
+    base.add_argument("source", type=Path, metavar="SRC")
+    base.add_argument("dst", type=Path, metavar="DST")
+    base.add_argument("--mtp", choices=list(quantize_base.Head), default="drop")
+    base.add_argument("--scale", choices=list(quantize_base.Scale), default="mse")
+    base.add_argument("--shard-bytes", type=int, default=5_000_000_000)
+
+    _add_mtp(commands.add_parser("mtp", help="the base plus its MTP head, GPTQ-quantized"))
+
+    check = commands.add_parser("verify", help="the gate before serving")
+    check.add_argument("path", type=Path)
+    check.add_argument("--deep", type=Path, metavar="SRC", help="compare with the original")
+    check.add_argument(
+        "--stock-vllm", action="store_true", help="also refuse what only our loader takes"
+    )
+    return top
+
+
+def _add_mtp(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", type=Path, metavar="SRC", help="original; the head's shards do")
+    command.add_argument("base", type=Path, metavar="BASE", help="W4A16-FP8 without a head")
+    command.add_argument("dst", type=Path, metavar="DST", help="must not exist")
+    data = command.add_mutually_exclusive_group(required=True)
+    data.add_argument("--calibration", type=Path, metavar="DIR", help="what `capture` wrote")
+    data.add_argument("--rtn", action="store_true", help="round to nearest, without data")
+    command.add_argument("--device", choices=list(mtp.Device), default="cpu")
+    command.add_argument("--scale", choices=list(mtp.Scale), default="mse")
+    command.add_argument("--percdamp", type=float, default=0.01)
+    command.add_argument("--no-activation-order", dest="activation_order", action="store_false")
+    command.add_argument(
+        "--no-route-weight", dest="route_weight_in_h2", action="store_false",
+        help="leave the route weight out of w2's Hessian",
+    )  # fmt: skip
+    command.add_argument("--experts-per-step", type=int, help="1 on the CPU, 4 on CUDA")
+    command.add_argument("--files", choices=list(mtp.Files), default="hard")
+    command.add_argument("--allow-uncalibrated", action="store_true")
+
+
+CONFIGS = {
+    "inspect": (inspection.InspectConfig, inspection.run),
+    "quantize-base": (quantize_base.QuantizeBaseConfig, quantize_base.run),
+    "mtp": (mtp.MtpConfig, mtp.run),
+    "verify": (verify.VerifyConfig, verify.run),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; an error is one line on standard error."""
+    options = vars(parser().parse_args(argv))
+    make, run = CONFIGS[options.pop("command")]
+    options.pop("rtn", None)
+    try:
+        config = make(**options)
+        print(config, file=sys.stderr)
+        return run(config)
+    except BadInput as error:
+        print(f"retrofit: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except OSError as error:
+        print(f"retrofit: {error.filename}: {error.strerror}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("retrofit: interrupted; the same command continues", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
