@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-INTEGER_MARKS = {torch.int32: 0x07ABCDEF, torch.int64: -(1 << 40)}
+# A byte may be any code; a whole row of this one is no row of a checkpoint.
+INTEGER_MARKS = {torch.int32: 0x07ABCDEF, torch.int64: -(1 << 40), torch.uint8: 0xA5}
 # vLLM shares the target's when a checkpoint has none.
 SHARED = ("embed_tokens.weight", "shared_head.head.weight")
 
@@ -119,7 +120,8 @@ def still_marked(model: nn.Module) -> list[str]:
         if data.is_floating_point():
             unset = torch.isnan(data.float()).any()
         else:
-            unset = (data == INTEGER_MARKS[data.dtype]).any()
+            marked = data == INTEGER_MARKS[data.dtype]
+            unset = (marked.all(-1) if data.dtype == torch.uint8 else marked).any()
         if unset:
             names.append(name)
     return names

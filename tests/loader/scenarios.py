@@ -62,7 +62,7 @@ class Scenario:
     parts: tuple[str, ...] = ("draft",)
     edit: Edit | None = None
     layout: dict[str, Any] = field(default_factory=dict)
-    targets: str = "wide"
+    targets: str = "wide"  # or native, literal; deepseek is FP8 and FP4 as first published
     ignore: tuple[str, ...] = ()
     unlisted: str | None = None  # text in the names that the index leaves out
 
@@ -141,6 +141,19 @@ def original_head(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tens
         stem = name.removesuffix("weight_packed")
         return [(f"{stem}weight", packed), (f"{stem}scale", scale)]
     return scale_leaf("scale")(name, tensor)
+
+
+def published_by_deepseek(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """Target and head as DeepSeek published them: FP4 experts, FP8 linears, E8M0 scales."""
+    if ".experts." in name:
+        return original_head(name, tensor)
+    if name.endswith(".weight_scale"):
+        return []
+    linear = (".shared_experts.", "e_proj.", "h_proj.")
+    if tensor.dtype == torch.float8_e4m3fn or any(part in name for part in linear):
+        data, scale = quantize_fp8_block(tensor.float())
+        return [(name, data), (name.removesuffix("weight") + "scale", scale)]
+    return [(name, tensor)]
 
 
 def fp8_projections(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
@@ -228,6 +241,7 @@ SCENARIOS: dict[str, Scenario] = {
         edit=in_head(bf16_head), ignore=(r"re:.*mtp\..*",)
     ),
     "MTP as DeepSeek published it": Scenario(edit=in_head(original_head)),
+    "all as DeepSeek published it": Scenario(BOTH, edit=published_by_deepseek, targets="deepseek"),
     "MTP shard not in the index": Scenario(unlisted="mtp."),
     "compressor scale absent": Scenario(
         ("target",),
@@ -261,6 +275,15 @@ def set_targets(config: dict[str, Any], scenario: Scenario) -> None:
     `wide` regexes hold checkpoint and fused names, `native` ones the checkpoint's only; `literal`
     is a full name for each layer, as some exporters write it.
     """
+    if scenario.targets == "deepseek":
+        config["quantization_config"] = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "scale_fmt": "ue8m0",
+            "weight_block_size": [128, 128],
+        }
+        return
     quantization = config["quantization_config"]
     groups = quantization["config_groups"]
     if scenario.targets == "native":

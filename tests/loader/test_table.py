@@ -95,6 +95,7 @@ EXPECTED: dict[str, dict[str, str | None]] = {
         "draft": HEAD + r"24 missing: .*; 12 unexpected: mtp\.0\.ffn\.experts\.0\.w1\.weight, .*; "
         r"12 of a wrong size"
     },
+    "all as DeepSeek published it": {"target": COMPLETE, "draft": COMPLETE},
     "MTP shard not in the index": {"draft": ALL_OF_THE_HEAD},
     "compressor scale absent": {
         "target": TARGET + r"1 missing: layers\.2\.attn\.compressor\.wkv\.weight_scale$"
