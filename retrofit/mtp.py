@@ -55,6 +55,7 @@ from retrofit.writing import Partial, ShardWriter, write_json, write_tensors
 SHARD = "model-mtp-w4a16.safetensors"
 MANIFEST = verify.MANIFEST
 SCHEMA_VERSION = 1
+PARTS = "parts"  # results of single steps, inside the partial folder
 # Quantization through Transformers loses these; the original has them.
 RESTORED = ("compress_ratios", "num_hash_layers", "rope_scaling", "torch_dtype", "topk_method",
             "num_nextn_predict_layers", "swiglu_limit", *SIZES)  # fmt: skip
@@ -144,9 +145,7 @@ def run(config: MtpConfig) -> int:
     except BadInput:
         partial.discard()
         raise
-    for part in parts:
-        part.unlink()
-        part.with_suffix(".json").unlink()
+    shutil.rmtree(partial.folder / PARTS)
     partial.finish()
     print(f"{config.dst}: written; {len(head_tensors(model, Layout.W4A16)):,} tensors in {SHARD}")
     return 0
@@ -299,7 +298,8 @@ def quantize(
         range(first, min(first + config.experts_per_step, total))
         for first in range(0, total, config.experts_per_step)
     ]
-    parts = [folder / f".experts-{step.start:05d}.safetensors" for step in steps]
+    parts = [folder / PARTS / f"experts-{step.start:05d}.safetensors" for step in steps]
+    (folder / PARTS).mkdir(exist_ok=True)
     done = sum(len(s) for s, p in zip(steps, parts, strict=True) if _is_done(p))
     progress = Progress("quantize experts", total, done)
     if done == total:

@@ -168,9 +168,7 @@ def _scale_faults(name: str, values: torch.Tensor, kind: Kind) -> list[str]:
     if (values <= 0).any():
         return [f"{name}: a scale is {values.min():g}; scales are positive"]
     if kind == Kind.ATTENTION and values.median() > LARGEST_FP8_SCALE:
-        return [
-            f"{name}: the median scale is {values.median():g}: exponents that were copied as numbers"
-        ]
+        return [f"{name}: the median scale is {values.median():g}: exponents, copied as numbers"]
     return []
 
 
