@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 # A newly trained checkpoint can be tried before it replaces the committed one.
 CHECKPOINT = Path(os.environ.get("TINY_CHECKPOINT", ROOT / "tiny" / "checkpoint"))
-TIMEOUT_S = 300
+TIMEOUT_S = 900
 
 
 @dataclass
