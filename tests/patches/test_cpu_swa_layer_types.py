@@ -1,4 +1,4 @@
-"""Guard of cpu-name-every-layer-type-in-deepseek-v4-s-swa-metadata.patch."""
+"""Guard of cpu-name-every-layer-type-of-deepseek-v4-in-the-swa-metadata.patch."""
 
 import pytest
 
