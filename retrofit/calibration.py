@@ -275,11 +275,12 @@ class Calibration:
     def _gather(self, rows: torch.Tensor) -> torch.Tensor:
         numbers = rows.numpy()
         width = self._hidden[0].shape[1]
-        out = np.empty((len(numbers), width), np.uint8)
+        result = torch.empty(len(numbers), width // 2, dtype=torch.bfloat16)
+        out = result.view(torch.uint8).numpy() if len(numbers) else np.empty((0, width), np.uint8)
         for part, start in zip(self._hidden, self._starts[:-1], strict=True):
             inside = (numbers >= start) & (numbers < start + len(part))
             out[inside] = part[numbers[inside] - start]
-        return torch.from_numpy(out).view(torch.bfloat16)
+        return result
 
 
 def _row_bytes(entry: Entry) -> np.ndarray:

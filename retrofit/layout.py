@@ -316,7 +316,12 @@ def compare_head(
     faults = [f"{name}: is missing" for name in wanted if name not in found]
     faults += [
         f"{name}: is not expected{_hint(name, layout)}"
-        for name in sorted([*found.keys() - wanted.keys() - set(HEAD_ALIASES), *strays])
+        for name in sorted(found.keys() - wanted.keys() - set(HEAD_ALIASES))
+    ]
+    faults += [
+        f"{name}: is not expected; the head's names begin with `mtp.0.`, and names have no "
+        "`model.` prefix"
+        for name in sorted(strays)
     ]
     for name in wanted.keys() & found.keys():
         faults += spec_faults(wanted[name], found[name])
@@ -345,18 +350,22 @@ def _compare(
 ) -> list[str]:
     faults, used = [], set()
     for forms in wanted:
-        # The form of which most is there, the first among equals.
-        form = max(forms, key=lambda specs: sum(s.name in found for s in specs) / len(specs))
-        for spec in form:
-            used.add(spec.name)
-            if spec.name in found:
-                faults += spec_faults(spec, found[spec.name])
-            else:
-                faults.append(f"{spec.name}: is missing")
+        # The form with the fewest faults; among equals the one with more tensors.
+        form = min(forms, key=lambda specs: (len(_form_faults(specs, found)), -len(specs)))
+        used |= {spec.name for spec in form}
+        faults += _form_faults(form, found)
     faults += [
         f"{name}: is not expected{_hint(name, Layout.W4A16)}"
         for name in sorted(found.keys() - used)
     ]
+    return faults
+
+
+def _form_faults(specs: tuple[Spec, ...], found: Mapping[str, Entry]) -> list[str]:
+    faults = [f"{spec.name}: is missing" for spec in specs if spec.name not in found]
+    for spec in specs:
+        if spec.name in found:
+            faults += spec_faults(spec, found[spec.name])
     return faults
 
 
@@ -377,8 +386,6 @@ def _hint(name: str, layout: Layout) -> str:
     """Why a name is wrong, where that is known."""
     if name.startswith("model."):
         return "; names have no `model.` prefix"
-    if name.startswith("layers."):
-        return "; the head's names begin with `mtp.0.`"
     if name.endswith("_inv"):
         return "; the scale is called `weight_scale`"
     if name.endswith(".scale") and layout == Layout.W4A16:

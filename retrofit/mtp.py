@@ -300,7 +300,7 @@ def quantize(
     ]
     parts = [folder / PARTS / f"experts-{step.start:05d}.safetensors" for step in steps]
     (folder / PARTS).mkdir(exist_ok=True)
-    done = sum(len(s) for s, p in zip(steps, parts, strict=True) if _is_done(p))
+    done = sum(len(s) for s, p in zip(steps, parts, strict=True) if p.exists())
     progress = Progress("quantize experts", total, done)
     if done == total:
         return parts
@@ -310,18 +310,17 @@ def quantize(
     sample = Sample(rows.to(config.device))
     with torch.inference_mode():
         for step, part in zip(steps, parts, strict=True):
-            if _is_done(part):
+            # Its records are written before it, so both are there.
+            if part.exists():
                 continue
             batch = [read_expert(config, model, source, calibration, e) for e in step]
-            results = experts.quantize_experts(batch, sample, settings)
+            try:
+                results = experts.quantize_experts(batch, sample, settings)
+            except ValueError as error:
+                raise BadInput(f"{config.calibration}: {error}") from error
             write_part(part, step, results)
             progress.step(len(step))
     return parts
-
-
-def _is_done(part: Path) -> bool:
-    """The records are written first, so that weights under their name mean that both are there."""
-    return part.exists()
 
 
 def read_expert(
@@ -363,15 +362,14 @@ def write_part(part: Path, step: range, results: list[dict[str, Quantized]]) -> 
 def write_head(source: Checkpoint, model: dict[str, Any], parts: list[Path], folder: Path) -> None:
     """The head's shard: experts from the parts, the rest from the original."""
     specs = {n: (s.dtypes[0], s.shape) for n, s in head_tensors(model, Layout.W4A16).items()}
-    writer = ShardWriter(folder / SHARD, specs)
-    for part in parts:
-        for name, entry in read_header(part).items():
-            writer.write(name, read_tensor(entry))
-    for weight in head_weights(model):
-        if weight.kind != Kind.EXPERT:
-            for name, tensor in pack.convert(source, weight, Scale.MSE).items():
-                writer.write(name, tensor)
-    writer.close()
+    with ShardWriter(folder / SHARD, specs) as writer:
+        for part in parts:
+            for name, entry in read_header(part).items():
+                writer.write(name, read_tensor(entry))
+        for weight in head_weights(model):
+            if weight.kind != Kind.EXPERT:
+                for name, tensor in pack.convert(source, weight, Scale.MSE).items():
+                    writer.write(name, tensor)
 
 
 def write_index(base: Checkpoint, model: dict[str, Any], folder: Path) -> None:

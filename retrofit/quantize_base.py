@@ -137,12 +137,11 @@ def write_checkpoint(config: QuantizeBaseConfig, source: Checkpoint, folder: Pat
         size += sum(spec_bytes(*spec) for spec in specs.values())
         if exists:
             continue
-        writer = ShardWriter(folder / name, specs)
-        for weight in shard:
-            for tensor_name, tensor in pack.convert(source, weight, config.scale).items():
-                writer.write(tensor_name, tensor)
-            progress.step()
-        writer.close()
+        with ShardWriter(folder / name, specs) as writer:
+            for weight in shard:
+                for tensor_name, tensor in pack.convert(source, weight, config.scale).items():
+                    writer.write(tensor_name, tensor)
+                progress.step()
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     copy_other_files(source.folder, folder)
     write_json(folder / CONFIG, base_config(source.config))

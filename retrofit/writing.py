@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import save_file
@@ -45,7 +45,7 @@ class ShardWriter:
     """Writes a safetensors file one tensor at a time, in any order: only one is in memory.
 
     Args:
-        path: appears when `close` is called.
+        path: appears when `close` is called, or at the end of a `with` block.
         specs: name -> (safetensors dtype, shape) of everything that will be written.
     """
 
@@ -107,10 +107,16 @@ class ShardWriter:
         self.temporary.chmod(READABLE_BY_ALL)
         self.temporary.replace(self.path)
 
-    def abandon(self) -> None:
-        """Close and leave nothing behind."""
-        self.file.close()
-        self.temporary.unlink(missing_ok=True)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        """Close; after an exception, leave nothing behind."""
+        if kind is None:
+            self.close()
+        else:
+            self.file.close()
+            self.temporary.unlink(missing_ok=True)
 
 
 class Partial:
