@@ -30,6 +30,19 @@ class Completion:
     e2el_ms: float
 
 
+@dataclass(frozen=True)
+class Choices:
+    """One greedy answer, and the two best tokens of each position as (token id, log p)."""
+
+    token_ids: tuple[int, ...]
+    best: tuple[tuple[tuple[int, float], tuple[int, float]], ...]
+
+    def gap(self, position: int) -> float:
+        """Log p of the best token less that of the second."""
+        (_, first), (_, second) = self.best[position]
+        return first - second
+
+
 class Client:
     """Requests to one server."""
 
@@ -54,12 +67,7 @@ class Client:
         Raises:
             RequestError: HTTP status other than 200, an error in the stream, no token, no usage.
         """
-        body = {
-            "model": model,
-            "messages": [{"role": "user", "content": prompt}],
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
+        body = _greedy(model, prompt, max_tokens) | {
             "stream": True,
             "stream_options": {"include_usage": True},
             "return_token_ids": True,
@@ -78,6 +86,30 @@ class Client:
             raise RequestError(f"chat completion: {type(error).__name__}: {error}") from error
         return stream.completion(sent_s)
 
+    async def choices(self, model: str, prompt: str, max_tokens: int) -> Choices:
+        """Ask as `chat` does, for the two best tokens of each position; not to be timed.
+
+        Raises:
+            RequestError: HTTP status other than 200, or no two log-probabilities for a token.
+        """
+        body = _greedy(model, prompt, max_tokens) | {
+            "logprobs": True,
+            "top_logprobs": 2,
+            "return_tokens_as_token_ids": True,
+        }
+        url = f"{self._base_url}/v1/chat/completions"
+        try:
+            async with self._session.post(url, json=body, timeout=_TIMEOUT) as response:
+                text = await response.text()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise RequestError(f"log-probabilities: {type(error).__name__}: {error}") from error
+        if response.status != 200:
+            raise RequestError(f"log-probabilities: HTTP {response.status}: {text.strip()[:500]}")
+        try:
+            return _read_choices(json.loads(text)["choices"][0]["logprobs"]["content"])
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise RequestError(f"log-probabilities: not in the answer: {text[:500]}") from error
+
     async def _get(self, path: str) -> "_Page":
         try:
             async with self._session.get(self._base_url + path, timeout=_TIMEOUT) as response:
@@ -87,6 +119,31 @@ class Client:
         if response.status != 200:
             raise RequestError(f"GET {path}: HTTP {response.status}: {text[:500]}")
         return _Page(text)
+
+
+def _greedy(model: str, prompt: str, max_tokens: int) -> dict[str, Any]:
+    return {
+        "model": model,
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+
+
+def _read_choices(content: list[dict[str, Any]]) -> Choices:
+    """vLLM spells a token `token_id:123`. The chosen token may come first in a tie."""
+    ids, best = [], []
+    for entry in content:
+        ids.append(_token_id(entry))
+        two = [(_token_id(top), float(top["logprob"])) for top in entry["top_logprobs"]]
+        first, second = sorted(two, key=lambda pair: -pair[1])[:2]
+        best.append((first, second))
+    return Choices(tuple(ids), tuple(best))
+
+
+def _token_id(entry: dict[str, Any]) -> int:
+    return int(entry["token"].removeprefix("token_id:"))
 
 
 _TIMEOUT = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)

@@ -26,11 +26,17 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Difference:
-    """The first place where two greedy answers to one prompt part."""
+    """The first place where two greedy answers to one prompt part.
+
+    gap: log-probability of the best token less that of the second there, without MTP; None where
+    it is not known. near_tie: the gap is at most its own noise.
+    """
 
     prompt_id: str
     unit: str  # "token" or "character"
     position: int
+    gap: float | None = None
+    near_tie: bool = False
 
 
 def find_differences(

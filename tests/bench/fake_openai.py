@@ -5,7 +5,7 @@ import contextlib
 import json
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from aiohttp import web
 
@@ -17,10 +17,14 @@ class FakeEngine:
     num_speculative_tokens: int = 0
     accept_every: int = 2  # every n-th draft is accepted; 0: none
     change_token: int | None = None  # answer another token at this position
+    change_by: int = 1  # which: so many letters on
     status: int = 200
     token_ids: bool = True
     usage: bool = True
     error_after: int | None = None  # an error event after so many chunks
+    gaps: dict[int, float] = field(default_factory=dict)  # of the two best, by position; else 5
+    moved_together: float = 0.0  # change of every gap when several requests run at once
+    in_flight: int = 0
 
     def __post_init__(self) -> None:
         self.passes = self.generated = self.drafts = self.accepted = 0
@@ -30,7 +34,7 @@ class FakeEngine:
         """The tokens for a prompt: a function of the prompt alone, but for `change_token`."""
         tokens = [(sum(prompt.encode()) + 7 * i) % 26 for i in range(count)]
         if self.change_token is not None:
-            tokens[self.change_token] = (tokens[self.change_token] + 1) % 26
+            tokens[self.change_token] = (tokens[self.change_token] + self.change_by) % 26
         return tokens
 
     def chunks(self, tokens: list[int]) -> Iterator[list[int]]:
@@ -47,6 +51,16 @@ class FakeEngine:
             self.generated += len(tokens[at : at + step])
             yield tokens[at : at + step]
             at += step
+
+    def logprobs(self, tokens: list[int], together: bool) -> list[dict]:
+        """Two best tokens of each position: the answer's, then the next letter's."""
+        content = []
+        for position, token in enumerate(tokens):
+            gap = self.gaps.get(position, 5.0) + (self.moved_together if together else 0.0)
+            pair = [(token, -0.1), ((token + 1) % 26, -0.1 - gap)]
+            top = [{"token": f"token_id:{t}", "logprob": p} for t, p in pair]
+            content.append({**top[0], "top_logprobs": top})
+        return content
 
     def metrics_page(self) -> str:
         """The counters as Prometheus text."""
@@ -69,6 +83,8 @@ def _app(engine: FakeEngine) -> web.Application:
         if engine.status != 200:
             error = {"error": {"message": "no", "type": "x", "param": None, "code": engine.status}}
             return web.json_response(error, status=engine.status)
+        if not body.get("stream"):
+            return web.json_response(await whole_answer(body))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
 
@@ -93,6 +109,19 @@ def _app(engine: FakeEngine) -> web.Application:
             await send({"choices": [], "usage": usage})
         await send("[DONE]")
         return response
+
+    async def whole_answer(body: dict) -> dict:
+        tokens = engine.answer(body["messages"][0]["content"], body["max_tokens"])
+        engine.in_flight += 1
+        await asyncio.sleep(0.02)
+        together = engine.in_flight > 1
+        await asyncio.sleep(0.02)
+        engine.in_flight -= 1
+        content = engine.logprobs(tokens, together) if body.get("logprobs") else None
+        message = {"content": "".join(chr(97 + t) for t in tokens)}
+        usage = {"prompt_tokens": 3, "completion_tokens": len(tokens)}
+        choice = {"message": message, "logprobs": content and {"content": content}}
+        return {"choices": [choice], "usage": usage}
 
     async def models(_: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": "fake"}]})

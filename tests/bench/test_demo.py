@@ -73,8 +73,44 @@ def test_nothing_of_a_temporary_file_is_left(config):
 
 
 def test_different_answers_fail_with_prompt_and_position(config):
-    with pytest.raises(DemoError, match=r"differ for 3 of 3 prompts: p2 at token 4"):
+    with pytest.raises(
+        DemoError, match=r"differ for 3 of 3 prompts .* 0.0000: p2 at token 4 \(gap 5.0000\)"
+    ):
         run_demo(config, launcher(*engines(change_token=4)))
+
+
+def test_a_near_tie_within_the_noise_is_accepted_and_recorded(config, capsys):
+    base = FakeEngine(gaps={4: 0.01}, moved_together=0.02)
+    result = run_demo(config, launcher(base, engines(change_token=4)[1]))
+    assert result["gap_noise"] == pytest.approx(0.02)
+    assert result["gap_noise_max_concurrency"] == 4
+    first = json.loads((config.output / "result.json").read_text())["differences"][0]
+    assert first["gap"] == pytest.approx(0.01)
+    assert {key: first[key] for key in ("prompt_id", "position", "near_tie")} == {
+        "prompt_id": "p2", "position": 4, "near_tie": True,
+    }  # fmt: skip
+    assert "p2 parts at token 4: a near-tie, gap 0.0100, noise 0.0200" in capsys.readouterr().out
+
+
+def test_a_gap_beyond_the_noise_fails(config):
+    base = FakeEngine(gaps={4: 0.03}, moved_together=0.02)
+    with pytest.raises(DemoError, match=r"noise of 0.0200: p2 at token 4 \(gap 0.0300\)"):
+        run_demo(config, launcher(base, engines(change_token=4)[1]))
+
+
+def test_a_token_that_is_not_one_of_the_two_best_is_no_near_tie(config):
+    base = FakeEngine(gaps={4: 0.01}, moved_together=0.02)
+    mtp = FakeEngine(num_speculative_tokens=1, change_token=4, change_by=2)
+    with pytest.raises(DemoError, match=r"p2 at token 4 \(gap not known\)"):
+        run_demo(config, launcher(base, mtp))
+
+
+def test_the_gaps_are_asked_for_outside_the_measured_requests(config):
+    base, mtp = engines()
+    result = run_demo(config, launcher(base, mtp))
+    assert result["profiles"][0]["counters"]["generation_tokens"] == 3 * 9
+    assert [bool(body.get("logprobs")) for body in base.bodies] == [False] * 5 + [True] * 6
+    assert not any(body.get("logprobs") for body in mtp.bodies)
 
 
 def test_without_token_ids_the_position_is_a_character(config):
