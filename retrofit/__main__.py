@@ -1,4 +1,4 @@
-"""`python -m retrofit inspect | quantize-base | mtp | verify`.
+"""`python -m retrofit inspect | quantize-base | capture | mtp | verify`.
 
 Exit status: 0 done or sound; 1 a check found faults; 2 bad options or input.
 """
@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from retrofit import inspection, mtp, quantize_base, verify
+from retrofit import capture, inspection, mtp, quantize_base, verify
 from retrofit.errors import BadInput
 
 BAD_INPUT = 2
@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     base.add_argument("--scale", choices=list(quantize_base.Scale), default="mse")
     base.add_argument("--shard-bytes", type=int, default=5_000_000_000)
 
+    _add_capture(commands.add_parser("capture", help="calibration rows from a running server"))
     _add_mtp(commands.add_parser("mtp", help="the base plus its MTP head, GPTQ-quantized"))
 
     check = commands.add_parser("verify", help="the gate before serving")
@@ -40,6 +41,20 @@ def parser() -> argparse.ArgumentParser:
         "--stock-vllm", action="store_true", help="also refuse what only our loader takes"
     )
     return top
+
+
+def _add_capture(command: argparse.ArgumentParser) -> None:
+    default = capture.CaptureConfig(url="http://", out=Path())
+    command.add_argument("--url", required=True, help="of a server run with --capture DIR")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="the same folder")
+    command.add_argument(
+        "--prompts", type=Path, default=default.prompts, metavar="JSONL",
+        help='lines of {"text"} or {"messages"}; a bundled text by default',
+    )  # fmt: skip
+    command.add_argument("--num-prompts", type=int, default=default.num_prompts)
+    command.add_argument("--max-tokens", type=int, default=default.max_tokens)
+    command.add_argument("--budget-gib", type=float, default=default.budget_gib)
+    command.add_argument("--concurrency", type=int, default=default.concurrency)
 
 
 def _add_mtp(command: argparse.ArgumentParser) -> None:
@@ -65,6 +80,7 @@ def _add_mtp(command: argparse.ArgumentParser) -> None:
 CONFIGS = {
     "inspect": (inspection.InspectConfig, inspection.run),
     "quantize-base": (quantize_base.QuantizeBaseConfig, quantize_base.run),
+    "capture": (capture.CaptureConfig, capture.run),
     "mtp": (mtp.MtpConfig, mtp.run),
     "verify": (verify.VerifyConfig, verify.run),
 }

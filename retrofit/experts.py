@@ -4,9 +4,9 @@ Order: w1 and w3 share their inputs and their Hessian; w2's inputs are computed 
 w1 and w3, with the model's clamp, so that w2 is fitted to what it will be given.
 
 Part of an expert's rows is held out. Candidates are compared by their output error there:
-rounding to nearest (absmax and searched scales), GPTQ, and, where rows are few, GPTQ with more
-damping and with its Hessian blended with that of all tokens. A tensor is therefore never worse
-than rounding to nearest on the held-out rows.
+rounding to nearest (absmax and searched scales), GPTQ with several dampings, and, where rows are
+few, GPTQ with its Hessian blended with that of all tokens. A tensor is therefore never worse than
+rounding to nearest on the held-out rows.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from kernels.formats import INT4_GROUP
 from retrofit import gptq
 
 PROJECTIONS = ("w1", "w2", "w3")
+LONGEST_RUN = 32  # rows of one expert; a text of 500 tokens gives it about 12
+FEWEST_RUNS = 8
 
 
 class Scale(StrEnum):
@@ -42,8 +44,9 @@ class Method(StrEnum):
 class Settings:
     """What the choice depends on, besides weights and rows.
 
-    An input width `in` has few rows below `few_rows_factor * in`; then the dampings of `ladder`
-    and the blends of `blends` are tried too. Below `min_rows` there is no GPTQ.
+    GPTQ is tried with `percdamp` and with the dampings of `ladder`. An input width `in` has few
+    rows below `few_rows_factor * in`; then the blends of `blends` are tried too. Below `min_rows`
+    there is no GPTQ.
     `route_weight_in_h2`: w2's inputs are multiplied by the route weight, as DeepSeek's own forward
     does before w2, so that rows count as much as they do in the layer's output.
     """
@@ -179,12 +182,16 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float | None) -> torch.T
 
 
 def held_out_mask(num_rows: int, settings: Settings) -> torch.Tensor:
-    """bool (n): every held_out_every-th row, further apart where that gives held_out_most."""
-    mask = torch.zeros(num_rows, dtype=torch.bool)
-    if num_rows >= settings.min_rows:
-        every = max(settings.held_out_every, -(-num_rows // settings.held_out_most))
-        mask[every - 1 :: every] = True
-    return mask
+    """bool (n): one in held_out_every runs of neighbours, fewer where that gives held_out_most.
+
+    Rows stand in order of capture, and neighbours come from the same text: rows held out one by
+    one would be nearly known from those on both sides, which favours too little damping.
+    """
+    if num_rows < settings.min_rows:
+        return torch.zeros(num_rows, dtype=torch.bool)
+    every = max(settings.held_out_every, -(-num_rows // settings.held_out_most))
+    run = max(1, min(LONGEST_RUN, num_rows // (every * FEWEST_RUNS)))
+    return torch.arange(num_rows) // run % every == every - 1
 
 
 def _first(expert: Expert, sample: Sample, settings: Settings) -> _Problem:
@@ -234,9 +241,8 @@ def _candidates(problem: _Problem, settings: Settings) -> list[_Candidate]:
     total = len(problem.fit) + len(problem.held_out)
     if total < settings.min_rows:
         return []
-    candidates = [_Candidate(settings.percdamp)]
+    candidates = [_Candidate(value) for value in (settings.percdamp, *settings.ladder)]
     if _has_few_rows(len(problem.fit), problem.weight.shape[1], settings):
-        candidates += [_Candidate(value) for value in settings.ladder]
         candidates += [_Candidate(settings.percdamp, value) for value in settings.blends]
     return candidates
 
