@@ -185,9 +185,15 @@ def test_below_min_rows_there_is_no_gptq(rows):
         assert result.choice.error is None
 
 
-@pytest.mark.parametrize("more", [{"ladder": (0.1, 1.0)}, {"blends": (0.1, 0.5)}])
-def test_few_rows_gain_from_more_damping_and_from_the_blend(more):
-    few = replace(make_expert(100), rows=make_layer(100)[1])  # in all directions, unlike 100 rows
+@pytest.mark.parametrize(
+    ("more", "make_rows"),
+    [
+        ({"ladder": (0.1, 1.0)}, lambda: make_layer(100)[1]),  # 100 rows in 256 directions
+        ({"blends": (0.1, 0.5)}, lambda: low_rank_rows(100, 0)),  # what other tokens have too
+    ],
+)
+def test_few_rows_gain_from_more_damping_and_from_the_blend(more, make_rows):
+    few = replace(make_expert(100), rows=make_rows())
     alone = replace(SETTINGS, ladder=(), blends=())
     choice = solve(few, replace(alone, **more))["w1"].choice
     assert choice.error < solve(few, alone)["w1"].choice.error
