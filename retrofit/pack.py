@@ -6,6 +6,7 @@ import torch
 
 from kernels.formats import dequantize_fp4, dequantize_fp8_block, pack_int4
 from retrofit import gptq
+from retrofit.errors import BadInput
 from retrofit.experts import Scale
 from retrofit.layout import Kind, Layout, Weight, tensors
 from retrofit.reading import Checkpoint
@@ -30,10 +31,24 @@ def attention_tensors(
     return {f"{stem}.weight": weight, f"{stem}.weight_scale": scale.float()}
 
 
+def stored(source: Checkpoint, weight: Weight) -> list[torch.Tensor]:
+    """The original's tensors of a weight.
+
+    Raises:
+        BadInput: a value is NaN or infinite.
+    """
+    found = []
+    for spec in tensors(weight, Layout.ORIGINAL):
+        tensor = source.tensor(spec.name)
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise BadInput(f"{source.folder}: {spec.name} holds NaN or infinity")
+        found.append(tensor)
+    return found
+
+
 def expert_values(source: Checkpoint, weight: Weight) -> torch.Tensor:
     """float32 values of an original FP4 expert, (out, in)."""
-    packed, scale = (source.tensor(spec.name) for spec in tensors(weight, Layout.ORIGINAL))
-    return dequantize_fp4(packed, scale)
+    return dequantize_fp4(*stored(source, weight))
 
 
 def convert(source: Checkpoint, weight: Weight, scale: Scale) -> dict[str, torch.Tensor]:
@@ -42,12 +57,12 @@ def convert(source: Checkpoint, weight: Weight, scale: Scale) -> dict[str, torch
         values = expert_values(source, weight)
         chosen = gptq.absmax_scale(values) if scale == Scale.ABSMAX else gptq.mse_scale(values)
         return expert_tensors(weight.stem, gptq.round_to_nearest(values, chosen), chosen)
-    stored = [source.tensor(spec.name) for spec in tensors(weight, Layout.ORIGINAL)]
+    found = stored(source, weight)
     if weight.kind == Kind.ATTENTION:
-        return attention_tensors(weight.stem, *stored)
+        return attention_tensors(weight.stem, *found)
     if weight.kind == Kind.PROJECTION:
-        return {weight.name: dequantize_fp8_block(*stored, dtype=torch.bfloat16)}
-    return {weight.name: stored[0]}
+        return {weight.name: dequantize_fp8_block(*found, dtype=torch.bfloat16)}
+    return {weight.name: found[0]}
 
 
 # Regular expressions that also match layer `num_hidden_layers`, where the head is built. Each

@@ -145,7 +145,12 @@ def test_quantize_base_refuses_what_is_no_complete_original(original, base, tmp_
         assert main(["quantize-base", str(source), str(tmp_path / "dst")]) == 2
         assert message in capsys.readouterr().err
     assert main(["quantize-base", str(original), str(tmp_path / "x"), "--shard-bytes", "0"]) == 2
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"]
+    nan = copy_of(original, tmp_path / "nan")
+    not_a_number = torch.full((256, 8), torch.nan).to(torch.float8_e8m0fnu)
+    edit_tensors(nan, name, lambda v: v.update({name: not_a_number}))
+    assert main(["quantize-base", str(nan), str(tmp_path / "dst")]) == 2
+    assert f"{name} holds NaN" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "nan"]
 
 
 # ------------------------------------------------------------------------------------- mtp
