@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from serve.command import vllm_command
-from serve.environment import engine_environment
+from serve.environment import CAPTURE_DIR, engine_environment
 from serve.errors import ConfigError
 from serve.profiles import KvCacheDtype, load_profile
 
@@ -93,3 +93,21 @@ def test_plugins_that_leave_ours_out_are_refused():
     assert engine_environment(PROFILE, {"VLLM_PLUGINS": "a,dsv4_maxq"})
     with pytest.raises(ConfigError, match="VLLM_PLUGINS = 'a'; must include dsv4_maxq"):
         engine_environment(PROFILE, {"VLLM_PLUGINS": "a"})
+
+
+def test_capture_gives_the_draft_no_rejected_tokens_and_runs_eagerly():
+    profile = replace(PROFILE, enforce_eager=False)
+    arguments = vllm_command(profile, Path("/model"), "127.0.0.1", 8000, 1, capture=True)
+    assert json.loads(value(arguments, "--speculative-config"))["disable_padded_drafter_batch"]
+    assert "--enforce-eager" in arguments
+
+
+def test_capture_names_its_folder_to_the_plugin():
+    assert "DSV4_CAPTURE_DIR" not in engine_environment(PROFILE, {})
+    env = engine_environment(PROFILE, {}, capture=Path("/rows"))
+    assert env["DSV4_CAPTURE_DIR"] == "/rows"
+
+
+def test_the_plugin_reads_the_variable_that_is_set():
+    control = Path(__file__).parents[2] / "retrofit" / "control.py"
+    assert f'CAPTURE_DIR = "{CAPTURE_DIR}"' in control.read_text()

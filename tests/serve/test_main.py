@@ -122,3 +122,16 @@ def test_a_missing_vllm_is_refused(monkeypatch):
     monkeypatch.setattr(engine, "find_spec", lambda _: None)
     with pytest.raises(EngineError, match="vllm is not installed"):
         engine.check_engine()
+
+
+def test_capture_with_other_than_one_speculative_token_is_refused(started, tmp_path, capsys):
+    options = [*RUN, "--num-speculative-tokens", "2", "--capture", str(tmp_path / "rows")]
+    assert cli.main(options) == 2
+    assert "--capture: num_speculative_tokens = 2; must be 1" in capsys.readouterr().err
+    assert not (tmp_path / "rows").exists()
+
+
+def test_capture_shows_its_folder_in_a_dry_run_and_makes_none(started, tmp_path, capsys):
+    assert cli.main([*RUN, "--dry-run", "--capture", str(tmp_path / "rows")]) == 0
+    assert f"DSV4_CAPTURE_DIR={tmp_path / 'rows'}" in capsys.readouterr().out
+    assert not (tmp_path / "rows").exists()
