@@ -184,7 +184,9 @@ def flash_mla_with_kvcache_cpu(
         # The sink may be -inf (no sink); a token without any key then gives zero, not NaN.
         peak = torch.maximum(score.amax(-1, keepdim=True) if keys.shape[0] else sink, sink)
         peak = peak.clamp(min=torch.finfo(torch.float32).min)
-        weight = torch.exp(score - peak)
+        # Below e**-80 a weight is nothing, and as a denormal number it slows the product 20-fold.
+        delta = score - peak
+        weight = torch.where(delta > -80, torch.exp(delta), 0.0)
         total = weight.sum(-1, keepdim=True) + torch.exp(sink - peak)
         out[rows] = torch.nan_to_num(weight @ keys / total).to(out.dtype)
 
@@ -239,4 +241,4 @@ def weight_packed_linear(
     is_vnni: bool,
 ) -> None:
     """out = mat1 @ mat2.T + bias with `mat2` from `convert_weight_packed`; out is written."""
-    out.copy_(functional.linear(mat1, mat2.to(mat1.dtype), bias))
+    out.copy_(functional.linear(mat1.float(), mat2.float(), bias))
