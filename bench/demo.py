@@ -1,20 +1,19 @@
-"""`python -m bench.demo`: the tiny model without and with its MTP head, on this CPU.
+"""`python -m bench.demo`: an MTP head lost and put back, and what it is worth, on this CPU.
 
-Serves the checkpoint twice with the patched vLLM, asks both servers the same held-out prompts
-greedily over HTTP, checks that the answers are the same, and shows what the head is worth. Answers
-may part where the two best tokens are closer than that gap's own noise, which is measured. Exit
-status 1: a server failed, answers differ beyond that, or no drafted token was accepted.
+Takes the tiny checkpoint's head away, puts it back rounded to nearest, captures what its experts
+see from the running server, quantizes the head with GPTQ and verifies it. Then serves the base
+without MTP, both heads, and the original, and asks each the same held-out prompts greedily. On one
+trunk the answers must be the same; they may part where the two best tokens are closer than that
+gap's own noise, which is measured. Exit status 1: a step or a server failed, answers differ beyond
+that, or no drafted token of a head was accepted.
 """
 
 import argparse
 import asyncio
-import contextlib
 import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,11 +21,13 @@ from typing import Any, NoReturn
 import aiohttp
 
 from bench import provenance
+from bench.checkpoints import RetrofitPlan, make_checkpoints
 from bench.client import Client, RequestError
+from bench.launch import Launcher, Retrofit, Service, StepError, launch_vllm, run_retrofit
 from bench.measurement import Difference, Measurement, Prompt, find_differences
 from bench.near_ties import GapStudy, study_gaps, with_gaps
 from bench.report import render_sample, render_table, summarize, write_result
-from bench.server import ServerError, free_port, running_server
+from bench.server import ServerError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCHEMA_VERSION = 1
@@ -40,7 +41,10 @@ class DemoError(RuntimeError):
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """What is asked of whom. Counts are of measured requests; warm-up comes on top."""
+    """What is asked of whom. Counts are of measured requests; warm-up comes on top.
+
+    calibration_*: prompts that `retrofit capture` sends, and tokens of each answer at most.
+    """
 
     profile: str = "cpu-tiny"
     model: Path = REPOSITORY / "tiny" / "checkpoint"
@@ -48,12 +52,15 @@ class DemoConfig:
     num_prompts: int = 8
     max_tokens: int = 96
     num_speculative_tokens: int = 1
+    calibration_prompts: int = 128
+    calibration_max_tokens: int = 32
     start_timeout_s: float = 240.0
     output: Path = REPOSITORY / ".demo"
 
     def __post_init__(self) -> None:
-        if self.num_prompts < 1:
-            raise ValueError(f"num_prompts = {self.num_prompts}; must be at least 1")
+        for name in ("num_prompts", "calibration_prompts", "calibration_max_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}; must be at least 1")
         if self.max_tokens < 2:
             raise ValueError(f"max_tokens = {self.max_tokens}; a rate needs at least 2")
         if not 1 <= self.num_speculative_tokens <= 3:
@@ -62,7 +69,25 @@ class DemoConfig:
             )
 
 
-Launcher = Callable[[DemoConfig, int], AbstractContextManager[str]]
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table. trunk: rows with the same one must give the same text."""
+
+    name: str
+    checkpoint: str
+    num_speculative_tokens: int
+    trunk: str = "base"
+
+
+def variants(config: DemoConfig) -> list[Variant]:
+    """Return what is served, the one without MTP first."""
+    k = config.num_speculative_tokens
+    return [
+        Variant(f"{config.profile} (no MTP)", "base", 0),
+        Variant(f"{config.profile} MTP k={k}, RTN head", "rtn", k),
+        Variant(f"{config.profile} MTP k={k}, GPTQ head", "gptq", k),
+        Variant(f"{config.profile} MTP k={k}, original", "original", k, trunk="original"),
+    ]
 
 
 class Progress:
@@ -101,34 +126,10 @@ def load_prompts(path: Path, count: int) -> list[Prompt]:
     return [Prompt(str(row["id"]), row["text"]) for row in rows]
 
 
-@contextlib.contextmanager
-def launch_vllm(config: DemoConfig, num_speculative_tokens: int) -> Iterator[str]:
-    """Run `python -m serve run` on a free port; gives the server's URL."""
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "serve", "run", "--profile", config.profile]
-    command += ["--port", str(port), "--model", str(config.model)]
-    command += ["--num-speculative-tokens", str(num_speculative_tokens)]
-    log = config.output / f"{profile_slug(config.profile, num_speculative_tokens)}.log"
-    with running_server(command, url, log, config.start_timeout_s):
-        yield url
-
-
-def profile_slug(profile: str, num_speculative_tokens: int) -> str:
-    """Return a file name for one variant of a profile."""
-    return f"{profile}-mtp-k{num_speculative_tokens}" if num_speculative_tokens else profile
-
-
-def profile_title(profile: str, num_speculative_tokens: int) -> str:
-    """Return the name of one variant of a profile in tables and results."""
-    variant = f"MTP k={num_speculative_tokens}" if num_speculative_tokens else "(no MTP)"
-    return f"{profile} {variant}"
-
-
 async def measure(
     url: str,
     config: DemoConfig,
-    num_speculative_tokens: int,
+    variant: Variant,
     prompts: list[Prompt],
     progress: Progress,
 ) -> tuple[Measurement, GapStudy | None]:
@@ -136,7 +137,6 @@ async def measure(
 
     Without MTP the same prompts are asked again, untimed, for the gaps of their best tokens.
     """
-    name = profile_title(config.profile, num_speculative_tokens)
     warm_up, measured = prompts[:WARM_UP_PROMPTS], prompts[WARM_UP_PROMPTS:]
     completions = []
     async with aiohttp.ClientSession() as session:
@@ -148,13 +148,16 @@ async def measure(
         for number, prompt in enumerate(measured, 1):
             start = time.monotonic()
             completions.append(await client.chat(model, prompt.text, config.max_tokens))
-            progress.request_done(name, number, len(measured), time.monotonic() - start)
+            progress.request_done(variant.name, number, len(measured), time.monotonic() - start)
         counters = (await client.counters()).since(before)
         study = None
-        if not num_speculative_tokens:
+        if not variant.num_speculative_tokens:
             progress.say("  once more, alone and together: how far do log-probabilities move?")
             study = await study_gaps(client, model, measured, config.max_tokens, STUDY_CONCURRENCY)
-    return Measurement(name, num_speculative_tokens, tuple(completions), counters), study
+    measurement = Measurement(
+        variant.name, variant.num_speculative_tokens, tuple(completions), counters
+    )
+    return measurement, study
 
 
 def check_drafts(mtp: Measurement) -> None:
@@ -170,8 +173,10 @@ def check_drafts(mtp: Measurement) -> None:
             raise DemoError(f"demo: {mtp.name}: counter {name} is {shown}; the MTP head is inert")
 
 
-def check_differences(differences: list[Difference], noise: float, config: DemoConfig) -> None:
-    """Print what is the same and each near-tie.
+def check_differences(
+    name: str, differences: list[Difference], noise: float, config: DemoConfig
+) -> None:
+    """Print how many answers are the same as without MTP, and each near-tie.
 
     Raises:
         DemoError: answers part where the best token is clear.
@@ -179,16 +184,16 @@ def check_differences(differences: list[Difference], noise: float, config: DemoC
     count = config.num_prompts
     near_ties = [difference for difference in differences if difference.near_tie]
     beyond = [difference for difference in differences if not difference.near_tie]
-    print(f"\n{count - len(differences)} of {count} greedy answers of {config.max_tokens} tokens, "
-          "with and without MTP: the same")  # fmt: skip
+    print(f"{name}: {count - len(differences)} of {count} greedy answers of {config.max_tokens} "
+          "tokens are the same as without MTP")  # fmt: skip
     for near in near_ties:
         print(f"  {near.prompt_id} parts at {near.unit} {near.position}: a near-tie, gap "
               f"{near.gap:.4f}, noise {noise:.4f}")  # fmt: skip
     if beyond:
         places = ", ".join(_place(difference) for difference in beyond)
         raise DemoError(
-            f"demo: greedy answers with and without MTP differ for {len(beyond)} of {count} "
-            f"prompts beyond the gap's noise of {noise:.4f}: {places}"
+            f"demo: {name}: greedy answers with and without MTP differ for {len(beyond)} of "
+            f"{count} prompts beyond the gap's noise of {noise:.4f}: {places}"
         )
 
 
@@ -197,48 +202,87 @@ def _place(difference: Difference) -> str:
     return f"{difference.prompt_id} at {difference.unit} {difference.position} (gap {gap})"
 
 
-def run_demo(config: DemoConfig, launch: Launcher = launch_vllm) -> dict[str, Any]:
-    """load prompts -> serve and measure without, with MTP -> compare -> write -> print.
+def serve_and_measure(
+    config: DemoConfig, checkpoints: dict[str, Path], prompts: list[Prompt], launch: Launcher
+) -> tuple[dict[Variant, Measurement], GapStudy]:
+    """Serve each variant in turn and measure it; the study comes from the one without MTP."""
+    rows = variants(config)
+    progress = Progress(len(rows) * config.num_prompts)
+    measurements: dict[Variant, Measurement] = {}
+    studies: list[GapStudy] = []
+    for variant in rows:
+        progress.say(f"{variant.name}: starting the server")
+        start = time.monotonic()
+        log = config.output / f"serve-{variant.checkpoint}-k{variant.num_speculative_tokens}.log"
+        service = Service(
+            config.profile, checkpoints[variant.checkpoint], variant.num_speculative_tokens, log,
+            config.start_timeout_s,
+        )  # fmt: skip
+        with launch(service) as url:
+            progress.say(f"  up after {time.monotonic() - start:.0f} s, warming up")
+            measurements[variant], study = asyncio.run(
+                measure(url, config, variant, prompts, progress)
+            )
+        if study is not None:
+            studies.append(study)
+    (study,) = studies
+    return measurements, study
+
+
+def run_demo(
+    config: DemoConfig, launch: Launcher = launch_vllm, retrofit: Retrofit = run_retrofit
+) -> dict[str, Any]:
+    """load prompts -> make checkpoints -> serve and measure each -> compare -> write -> print.
 
     Raises:
-        DemoError, RequestError, ServerError: each with its one line, or with the log's end.
+        DemoError, RequestError, ServerError, StepError: each with its one line, or the log's end.
     """
     prompts = load_prompts(config.prompts, WARM_UP_PROMPTS + config.num_prompts)
-    progress = Progress(2 * config.num_prompts)
-    measurements: list[Measurement] = []
-    studies: list[GapStudy] = []
-    for num_speculative_tokens in (0, config.num_speculative_tokens):
-        title = profile_title(config.profile, num_speculative_tokens)
-        progress.say(f"{title}: starting the server")
-        start = time.monotonic()
-        with launch(config, num_speculative_tokens) as url:
-            progress.say(f"  up after {time.monotonic() - start:.0f} s, warming up")
-            measured, study = asyncio.run(
-                measure(url, config, num_speculative_tokens, prompts, progress)
-            )
-            measurements.append(measured)
-            if study is not None:
-                studies.append(study)
-    base, mtp = measurements
-    (study,) = studies
+    if not config.model.is_dir():
+        raise DemoError(f"demo: {config.model}: no such folder")
+    plan = RetrofitPlan(
+        config.model, config.output, config.profile, config.calibration_prompts,
+        config.calibration_max_tokens, config.start_timeout_s,
+    )  # fmt: skip
+    checkpoints = make_checkpoints(plan, launch, retrofit, Progress(0).say)
+    measurements, study = serve_and_measure(config, checkpoints, prompts, launch)
     asked = prompts[WARM_UP_PROMPTS:]
-    differences = with_gaps(find_differences(asked, base, mtp), asked, base, mtp, study)
+    base = next(iter(measurements.values()))
+    compared = {
+        variant: with_gaps(find_differences(asked, base, mtp), asked, base, mtp, study)
+        for variant, mtp in measurements.items()
+        if mtp is not base and variant.trunk == "base"
+    }
     result = {
         "schema_version": SCHEMA_VERSION,
         "provenance": provenance.collect(REPOSITORY, config.model),
         "config": {key: _plain(value) for key, value in asdict(config).items()},
-        "profiles": [summarize(measurement) for measurement in measurements],
+        "checkpoints": {
+            name: provenance.checkpoint_sha256(path) for name, path in checkpoints.items()
+        },
+        "profiles": [
+            summarize(measurement) | {"checkpoint": variant.checkpoint}
+            for variant, measurement in measurements.items()
+        ],
         "gap_noise": study.noise,
         "gap_noise_max_concurrency": study.max_concurrency,
-        "differences": [asdict(difference) for difference in differences],
+        "differences": [
+            {"profile": variant.name, **asdict(difference)}
+            for variant, differences in compared.items()
+            for difference in differences
+        ],
     }
     write_result(config.output / "result.json", result)
     print()
-    print(render_sample(prompts[WARM_UP_PROMPTS], mtp.completions[0]))
+    print(render_sample(prompts[WARM_UP_PROMPTS], measurements[variants(config)[2]].completions[0]))
     print()
     print(render_table(result["profiles"]))
-    check_drafts(mtp)
-    check_differences(differences, study.noise, config)
+    print("(the original's trunk is FP4, so its text is its own)\n")
+    for measurement in measurements.values():
+        if measurement is not base:
+            check_drafts(measurement)
+    for variant, differences in compared.items():
+        check_differences(variant.name, differences, study.noise, config)
     return result
 
 
@@ -265,6 +309,10 @@ def parse_config(argv: list[str] | None) -> DemoConfig:
     parser.add_argument(
         "--num-speculative-tokens", type=int, default=default.num_speculative_tokens
     )
+    parser.add_argument("--calibration-prompts", type=int, default=default.calibration_prompts)
+    parser.add_argument(
+        "--calibration-max-tokens", type=int, default=default.calibration_max_tokens
+    )
     parser.add_argument("--start-timeout-s", type=float, default=default.start_timeout_s)
     parser.add_argument("--output", type=Path, default=default.output, metavar="DIR")
     try:
@@ -285,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
     start = time.monotonic()
     try:
         run_demo(config)
-    except (DemoError, RequestError, ServerError) as error:
+    except (DemoError, RequestError, ServerError, StepError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
