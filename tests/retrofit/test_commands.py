@@ -364,11 +364,16 @@ def test_vllm_and_our_reading_of_the_targets_agree(good):
     assert all("ffn.experts.0" in fault for fault in ours + theirs)
 
 
-def test_without_vllm_a_line_says_so(good, monkeypatch):
+def test_without_vllm_a_line_says_so_and_our_reading_remains(good, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "vllm", None)
     report = verify.check(scan(good))
     assert report.faults == []
     assert "target matching: skipped: vllm not installed" in report.notes
+    folder = copy_of(good, tmp_path / "broken")
+    edit_config(folder, lambda c: c["quantization_config"].update(ignore=[r"re:.*layers\.4\..*"]))
+    faults = verify.check(scan(folder)).faults
+    assert len(faults) == 7
+    assert all(fault.startswith("config.json: the targets give ") for fault in faults)
 
 
 def swap_experts(values: dict) -> None:
