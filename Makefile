@@ -30,7 +30,7 @@ $(STAMP): $(wildcard requirements/*.txt patches/series patches/*.patch) patches/
 		pyproject.toml scripts/setup_env.py
 	@$(MAKE) setup
 
-demo: $(STAMP) ## serve the tiny model without and with MTP, compare, print a table
+demo: $(STAMP) ## lose the tiny model's MTP head, put it back with GPTQ, compare, print a table
 	@$(PY) -m bench.demo
 
 test: $(STAMP) ## every test that needs no GPU

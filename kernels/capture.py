@@ -145,7 +145,10 @@ def model_meta(vllm_config: Any, layer_number: int) -> dict[str, Any]:
 
 
 def routes(gate: nn.Module, hidden: torch.Tensor, config: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Route rows as the layer does: ids int32 and weights float32, both (rows, topk)."""
+    """Route rows as the layer does: ids int32 and weights float32, both (rows, topk).
+
+    What config.json may leave out is what vLLM's class takes for it.
+    """
     logits = gate(hidden)
     logits = logits[0] if isinstance(logits, tuple) else logits
     weights, ids = biased_topk_cpu(
@@ -154,9 +157,9 @@ def routes(gate: nn.Module, hidden: torch.Tensor, config: Any) -> tuple[torch.Te
         gate.e_score_correction_bias,
         topk=config.num_experts_per_tok,
         renormalize=config.norm_topk_prob,
-        scoring_func=config.scoring_func,
+        scoring_func=getattr(config, "scoring_func", "sqrtsoftplus"),
         num_fused_shared_experts=0,
-        routed_scaling_factor=config.routed_scaling_factor,
+        routed_scaling_factor=getattr(config, "routed_scaling_factor", 1.0),
         apply_routed_scaling_factor_on_output=True,
     )
     return ids, weights
