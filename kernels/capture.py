@@ -60,6 +60,7 @@ class Recorder:
         self.meta = meta
         self.recording = False
         self._writer: CalibrationWriter | None = None
+        self._failure: str | None = None
         self._lock = threading.Lock()
         # An order from before this server is not for it.
         old = read_order(folder)
@@ -70,10 +71,17 @@ class Recorder:
         threading.Thread(target=self._watch, name="capture", daemon=True).start()
 
     def append(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        """Keep the rows of one pass; stops recording at the budget."""
+        """Keep the rows of one pass; stops recording at the budget.
+
+        A disk that fails ends the recording, not the server: the next order is answered with it.
+        """
         with self._lock:
-            if self.recording and self._writer is not None:
+            if not self.recording or self._writer is None:
+                return
+            try:
                 self.recording = self._writer.append(hidden, ids, weights)
+            except OSError as error:
+                self.recording, self._failure = False, f"capture: {self.folder}: {error.strerror}"
 
     def obey(self) -> None:
         """Look for a new order, do it, answer it."""
@@ -95,22 +103,28 @@ class Recorder:
 
     def _do(self, order: Order) -> None:
         if order.action is Action.BEGIN:
+            self._failure = None
             # What is pending from a client that went away is dropped with the old writer.
             self._writer = CalibrationWriter(self.folder, order.budget_bytes, meta=self.meta)
             self._writer.update(**order.meta)
             self.recording = not self._writer.full
         elif order.action is Action.COMMIT:
+            if self._failure is not None:
+                raise BadInput(self._failure)
             if self._writer is None:
                 raise BadInput("capture: commit without begin; did the server restart?")
             self._writer.flush(**order.meta)
 
     def _watch(self) -> None:
-        pause = threading.Event()
+        pause, said = threading.Event(), ""
         while not pause.wait(POLL_S):
             try:
                 self.obey()
             except (ValueError, KeyError, TypeError, OSError) as error:
-                print(f"capture: {self.folder}: {error}", flush=True)
+                message = f"capture: {self.folder}: {type(error).__name__}: {error}"
+                if message != said:  # once, not at every look
+                    print(message, flush=True)
+                said = message
 
 
 def check_config(vllm_config: Any) -> None:

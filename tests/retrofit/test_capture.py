@@ -264,6 +264,21 @@ class TestRecorder:
         recorder.obey()
         assert "holds rows and no meta.json" in read_answer(folder).error
 
+    def test_a_disk_that_fails_ends_the_recording_and_is_answered(self, folder, monkeypatch):
+        recorder = plugin.Recorder(folder, META)
+        write(folder / CONTROL, Order("1", Action.BEGIN, 10**9))
+        recorder.obey()
+
+        def full(*_: object) -> bool:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(recorder._writer, "append", full)
+        recorder.append(*calibration_rows(5))
+        assert not recorder.recording
+        write(folder / CONTROL, Order("2", Action.COMMIT, 10**9))
+        recorder.obey()
+        assert "No space left on device" in read_answer(folder).error
+
 
 class TestPlugin:
     def test_no_variable_no_capture(self, monkeypatch):
