@@ -35,6 +35,7 @@ class FakeServer:
         self.bodies: list[dict] = []
         self.fail_at: int | None = None
         self.lock = threading.Lock()
+        self.gone = threading.Event()
 
     def answer(self, body: dict) -> tuple[int, dict]:
         with self.lock:
@@ -76,7 +77,7 @@ def serve():
         stop = threading.Event()
 
         def obey() -> None:
-            while not stop.wait(0.005):
+            while not stop.wait(0.005) and not server.gone.is_set():
                 server.recorder.obey()
 
         threads = [threading.Thread(target=http.serve_forever), threading.Thread(target=obey)]
@@ -169,6 +170,7 @@ def test_another_models_rows_are_refused(serve, folder, prompts, capsys):
     server = FakeServer(folder)
     server.fail_at = 20
     assert main(options(serve(server), folder, prompts)) == 2
+    server.gone.set()
     other = FakeServer(folder, {**META, "model_sha256": "1" * 64})
     assert main(options(serve(other), folder, prompts)) == 2
     assert "model_sha256" in capsys.readouterr().err
