@@ -127,23 +127,26 @@ def first_of_each(rows: torch.Tensor) -> torch.Tensor:
 
 
 def full_size_expert(config: PeerConfig, num_rows: int):
-    """One synthetic expert: FP4 values, correlated rows with outlier channels."""
+    """One synthetic expert (FP4 values, correlated rows with outlier channels), fresh rows with
+    their route weights, and rows of other tokens for the blend: neither given nor fresh.
+    """
     from gptq_full_size import BlockConfig, make_rows, make_weights
 
     from kernels.formats import dequantize_fp4
     from retrofit.experts import Expert
 
-    total = num_rows + config.fresh_rows
+    ends = [num_rows, num_rows + config.fresh_rows]
+    total = ends[1] + 2 * config.hidden
     block = BlockConfig(
         experts=2, run_experts=1, hidden=config.hidden, inter=config.inter, topk=1,
         rows=total, min_load=1, max_load=total,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(config.seed)
     weights = {n: dequantize_fp4(*t) for n, t in make_weights(block, generator)[0].items()}
-    rows = make_rows(block, generator)
-    route = torch.rand(total, generator=generator) * 0.5
-    expert = Expert(0, weights, rows[:num_rows], route[:num_rows])
-    return expert, rows[num_rows:], route[num_rows:]
+    given, fresh, others = make_rows(block, generator).tensor_split(ends)
+    route = torch.rand(ends[1], generator=generator) * 0.5
+    expert = Expert(0, weights, given, route[:num_rows])
+    return expert, fresh, route[num_rows:], others
 
 
 def cases_of(name: str, expert, fresh, fresh_route, sample: torch.Tensor) -> list[dict]:
@@ -179,11 +182,21 @@ def cases_of(name: str, expert, fresh, fresh_route, sample: torch.Tensor) -> lis
                 "values": {
                     "ours": done[projection].values(),
                     "ours, absmax scales, all rows": gptq.dequantize(codes, absmax),
+                    "ours, absmax float32 scales, all rows": unrounded_scales(weight, hessian),
                     "rtn": gptq.dequantize(gptq.round_to_nearest(weight, absmax), absmax),
                 },
             }
         )
     return cases
+
+
+def unrounded_scales(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """Our algorithm with exactly the peer's scales, which it keeps in the module's float32."""
+    from retrofit import gptq
+
+    scale = weight.unflatten(-1, (-1, 128)).abs().amax(-1) / gptq.ABSMAX_STEPS
+    codes = gptq.quantize(weight[None], hessian[None], scale[None])[0]
+    return gptq.dequantize(codes, scale)
 
 
 def compare(config: PeerConfig) -> list[dict]:
@@ -194,9 +207,7 @@ def compare(config: PeerConfig) -> list[dict]:
     expert, fresh, route = tiny_expert(config.checkpoint)
     cases += cases_of("tiny, captured rows", expert, fresh, route, expert.rows)
     for label, rows in (("many", config.rows), ("few", config.few_rows)):
-        expert, fresh, route = full_size_expert(config, rows)
-        # "All tokens" of the blend: rows that are neither this expert's nor the fresh ones.
-        others = full_size_expert(config, 2 * config.hidden)[0].rows
+        expert, fresh, route, others = full_size_expert(config, rows)
         cases += cases_of(f"full size, {label} rows", expert, fresh, route, others)
         print(f"{label}: ours is done", file=sys.stderr)
     with tempfile.TemporaryDirectory() as name:
