@@ -31,6 +31,7 @@ from retrofit.errors import BadInput
 from retrofit.progress import Progress
 from retrofit.reading import read_tensor
 
+# Jane Austen and the King James Bible, in the public domain; no prompt of tiny/heldout.jsonl.
 BUNDLED = Path(__file__).parent / "prompts.jsonl"
 GROUP_PROMPTS = 16  # asked between two commits: what an interruption costs at most
 ANSWER_TIMEOUT_S = 60.0
