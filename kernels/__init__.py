@@ -1,1 +1,1 @@
-"""Number formats, reference ops and the loader of the CUDA kernels."""
+"""Weights and number formats of DeepSeek-V4, operators, and what vLLM loads of ours."""

@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import torch
 
-FP4_GROUP = 32
+from kernels.weights import FP4_GROUP, FP8_BLOCK, INT4_GROUP
+
 FP4_MAX = 6.0
-FP8_BLOCK = 128
 FP8_MAX = 448.0
-INT4_GROUP = 128
 
 # Value of each e2m1 code: bit 3 is the sign, bits 2..1 the exponent, bit 0 the mantissa.
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

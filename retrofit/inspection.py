@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kernels.weights import Layout
 from retrofit.errors import BadInput
-from retrofit.layout import Layout, check_sizes, compare_head, head_entries, layer_of_head
+from retrofit.layout import check_sizes, compare_head, head_entries, layer_of_head
 from retrofit.reading import Checkpoint, Entry, absent_faults, scan
 
 

@@ -17,23 +17,18 @@ from typing import Any
 
 import torch
 
+from kernels.weights import HEAD_PREFIX, Kind, Layout, Weight, expert_shapes, head_weights
 from retrofit import experts, matching, pack, verify
 from retrofit.calibration import META, Calibration
 from retrofit.errors import BadInput
 from retrofit.experts import PROJECTIONS, Expert, Quantized, Sample, Scale, Settings
 from retrofit.layout import (
-    HEAD_PREFIX,
     SIZES,
-    Kind,
-    Layout,
-    Weight,
     check_sizes,
     compare_head,
     compare_trunk,
-    expert_shapes,
     head_entries,
     head_tensors,
-    head_weights,
     layer_of_head,
 )
 from retrofit.progress import Progress

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from kernels.formats import dequantize_fp4, dequantize_fp8_block, pack_int4
+from kernels.weights import Kind, Layout, Weight, tensors
 from retrofit import gptq
 from retrofit.errors import BadInput
 from retrofit.experts import Scale
-from retrofit.layout import Kind, Layout, Weight, tensors
 from retrofit.reading import Checkpoint
 
 
@@ -63,50 +63,3 @@ def convert(source: Checkpoint, weight: Weight, scale: Scale) -> dict[str, torch
     if weight.kind == Kind.PROJECTION:
         return {weight.name: dequantize_fp8_block(*found, dtype=torch.bfloat16)}
     return {weight.name: found[0]}
-
-
-# Regular expressions that also match layer `num_hidden_layers`, where the head is built. Each
-# group states its own format: the global "mixed-precision" is no format that a layer can have.
-QUANTIZATION_CONFIG = {
-    "quant_method": "compressed-tensors",
-    "format": "mixed-precision",
-    "quantization_status": "compressed",
-    "config_groups": {
-        "attention": {
-            "format": "float-quantized",
-            "targets": [
-                r"re:.*attn\.(wq_a|wq_b|wkv|wo_a|wo_b|fused_wqa_wkv)$",
-                r"re:.*attn\.indexer\.wq_b$",
-            ],
-            "weights": {
-                "num_bits": 8,
-                "type": "float",
-                "strategy": "block",
-                "block_structure": [128, 128],
-                "symmetric": True,
-                "dynamic": False,
-            },
-            "input_activations": {
-                "num_bits": 8,
-                "type": "float",
-                "strategy": "group",
-                "group_size": 128,
-                "symmetric": True,
-                "dynamic": True,
-            },
-        },
-        "experts": {
-            "format": "pack-quantized",
-            "targets": [r"re:.*experts\.\d+\.(w1|w2|w3|gate_proj|up_proj|down_proj|gate_up_proj)$"],
-            "weights": {
-                "num_bits": 4,
-                "type": "int",
-                "strategy": "group",
-                "group_size": 128,
-                "symmetric": True,
-                "dynamic": False,
-            },
-        },
-    },
-    "ignore": ["lm_head"],
-}

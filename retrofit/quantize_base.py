@@ -14,19 +14,18 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from retrofit import pack
-from retrofit.errors import BadInput
-from retrofit.experts import Scale
-from retrofit.layout import (
+from kernels.weights import (
+    QUANTIZATION_CONFIG,
     Layout,
     Weight,
-    check_sizes,
-    compare_head,
-    compare_original_trunk,
     head_weights,
     tensors,
     trunk_weights,
 )
+from retrofit import pack
+from retrofit.errors import BadInput
+from retrofit.experts import Scale
+from retrofit.layout import check_sizes, compare_head, compare_original_trunk
 from retrofit.progress import Progress
 from retrofit.reading import (
     CONFIG,
@@ -149,7 +148,7 @@ def write_checkpoint(config: QuantizeBaseConfig, source: Checkpoint, folder: Pat
 
 def base_config(config: dict[str, Any]) -> dict[str, Any]:
     """The original's config.json with the quantization of the result."""
-    quantization = json.loads(json.dumps(pack.QUANTIZATION_CONFIG))
+    quantization = json.loads(json.dumps(QUANTIZATION_CONFIG))
     return {**config, "quantization_config": quantization}
 
 

@@ -14,23 +14,17 @@ from pathlib import Path
 import torch
 
 from kernels.formats import dequantize_fp8_block, dequantize_int4
+from kernels.weights import Kind, Layout, Spec, Weight, head_weights, is_compressor, tensors
 from retrofit import gptq, matching, pack
 from retrofit.errors import BadInput
 from retrofit.layout import (
-    Kind,
-    Layout,
-    Spec,
-    Weight,
     check_sizes,
     compare_head,
     compare_trunk,
     head_entries,
     head_tensors,
-    head_weights,
-    is_compressor,
     layer_of_head,
     spec_faults,
-    tensors,
 )
 from retrofit.progress import Progress
 from retrofit.reading import Checkpoint, absent_faults, open_checkpoint, read_json, refuse, scan

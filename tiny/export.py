@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kernels.formats import quantize_fp4, quantize_fp8_block, quantize_int4
+from kernels.weights import QUANTIZATION_CONFIG
 from tiny.config import TinyConfig
 from tiny.layers import Storage
 from tiny.model import DeepseekV4
@@ -46,52 +47,6 @@ ORIGINAL_QUANTIZATION = {
     "activation_scheme": "dynamic",
     "scale_fmt": "ue8m0",
     "weight_block_size": [128, 128],
-}
-
-# Regular expressions, not literal names: the MTP block is built under `model.layers.N`, so that
-# targets spelled `mtp.0...` never match. Each group states its own format.
-W4A16_QUANTIZATION = {
-    "quant_method": "compressed-tensors",
-    "format": "mixed-precision",
-    "quantization_status": "compressed",
-    "config_groups": {
-        "attention": {
-            "format": "float-quantized",
-            "targets": [
-                r"re:.*attn\.(wq_a|wq_b|wkv|wo_a|wo_b|fused_wqa_wkv)$",
-                r"re:.*attn\.indexer\.wq_b$",
-            ],
-            "weights": {
-                "num_bits": 8,
-                "type": "float",
-                "strategy": "block",
-                "block_structure": [128, 128],
-                "symmetric": True,
-                "dynamic": False,
-            },
-            "input_activations": {
-                "num_bits": 8,
-                "type": "float",
-                "strategy": "group",
-                "group_size": 128,
-                "symmetric": True,
-                "dynamic": True,
-            },
-        },
-        "experts": {
-            "format": "pack-quantized",
-            "targets": [r"re:.*experts\.\d+\.(w1|w2|w3|gate_proj|up_proj|down_proj|gate_up_proj)$"],
-            "weights": {
-                "num_bits": 4,
-                "type": "int",
-                "strategy": "group",
-                "group_size": 128,
-                "symmetric": True,
-                "dynamic": False,
-            },
-        },
-    },
-    "ignore": ["lm_head"],
 }
 
 
@@ -152,7 +107,7 @@ def export(
     """
     settings = model.config.to_dict()
     original = layout == Layout.ORIGINAL
-    settings["quantization_config"] = ORIGINAL_QUANTIZATION if original else W4A16_QUANTIZATION
+    settings["quantization_config"] = ORIGINAL_QUANTIZATION if original else QUANTIZATION_CONFIG
     if not original:
         settings["expert_dtype"] = "int4"
     temporary = folder.with_name(folder.name + ".tmp")

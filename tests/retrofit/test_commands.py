@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from kernels.formats import dequantize_fp4, dequantize_fp8_block, dequantize_int4, quantize_int4
+from kernels.weights import Kind, Layout, tensors, trunk_weights
 from retrofit import experts, matching, mtp, quantize_base, verify
 from retrofit.__main__ import main
 from retrofit.calibration import Calibration, CalibrationWriter
 from retrofit.errors import BadInput
-from retrofit.layout import Kind, Layout, check_sizes, head_tensors, tensors, trunk_weights
+from retrofit.layout import check_sizes, head_tensors
 from retrofit.mtp import SHARD
 from retrofit.progress import Progress, duration
 from retrofit.reading import CONFIG, INDEX, open_checkpoint, scan

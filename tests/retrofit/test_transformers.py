@@ -10,8 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from kernels.weights import Layout
 from retrofit.inspection import head_of
-from retrofit.layout import Layout, head_tensors
+from retrofit.layout import head_tensors
 from retrofit.reading import scan
 
 transformers = pytest.importorskip("transformers")
