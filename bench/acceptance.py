@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import sys
 import time
@@ -27,7 +26,7 @@ from bench.checkpoints import RetrofitPlan, make_checkpoints
 from bench.client import Client, RequestError
 from bench.controls import Control, make_control
 from bench.launch import Launcher, Retrofit, Service, StepError, launch_vllm, run_retrofit
-from bench.measurement import Prompt
+from bench.measurement import Prompt, read_prompts
 from bench.report import write_result
 from bench.server import ServerError
 
@@ -165,18 +164,17 @@ async def ask(url: str, config: AcceptanceConfig, prompts: list[Prompt]) -> list
     return counts
 
 
-def read_prompts(config: AcceptanceConfig) -> list[Prompt]:
+def load_prompts(config: AcceptanceConfig) -> list[Prompt]:
     """The prompts of all runs.
 
     Raises:
         AcceptanceError: fewer than that in the file.
     """
-    lines = config.prompts.read_text(encoding="utf-8").splitlines()
+    prompts = read_prompts(config.prompts)
     count = config.runs * config.prompts_per_run
-    if len(lines) < count:
-        raise AcceptanceError(f"acceptance: {config.prompts} holds {len(lines)}; {count} needed")
-    rows = (json.loads(line) for line in lines[:count])
-    return [Prompt(str(row["id"]), row["text"]) for row in rows]
+    if len(prompts) < count:
+        raise AcceptanceError(f"acceptance: {config.prompts} holds {len(prompts)}; {count} needed")
+    return prompts[:count]
 
 
 def say(text: str) -> None:
@@ -191,7 +189,7 @@ def run(
     Raises:
         AcceptanceError: a requirement does not hold; after the result is written.
     """
-    prompts = read_prompts(config)
+    prompts = load_prompts(config)
     plan = RetrofitPlan(
         config.model, config.work, config.profile, config.calibration_prompts,
         config.calibration_max_tokens, config.start_timeout_s,

@@ -10,7 +10,6 @@ that, or no drafted token of a head was accepted.
 
 import argparse
 import asyncio
-import json
 import signal
 import sys
 import time
@@ -24,7 +23,7 @@ from bench import provenance
 from bench.checkpoints import RetrofitPlan, make_checkpoints
 from bench.client import Client, RequestError
 from bench.launch import Launcher, Retrofit, Service, StepError, launch_vllm, run_retrofit
-from bench.measurement import Difference, Measurement, Prompt, find_differences
+from bench.measurement import Difference, Measurement, Prompt, find_differences, read_prompts
 from bench.near_ties import GapStudy, study_gaps, with_gaps
 from bench.report import render_sample, render_table, summarize, write_result
 from bench.server import ServerError
@@ -112,18 +111,17 @@ class Progress:
 
 
 def load_prompts(path: Path, count: int) -> list[Prompt]:
-    """Read the first `count` prompts of a JSON-lines file of {"id", "text"}.
+    """The first `count` prompts.
 
     Raises:
         DemoError: fewer prompts than that, or no such file.
     """
     if not path.exists():
         raise DemoError(f"demo: {path} does not exist")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if len(lines) < count:
-        raise DemoError(f"demo: {path} holds {len(lines)} prompts; {count} are asked for")
-    rows = (json.loads(line) for line in lines[:count])
-    return [Prompt(str(row["id"]), row["text"]) for row in rows]
+    prompts = read_prompts(path)
+    if len(prompts) < count:
+        raise DemoError(f"demo: {path} holds {len(prompts)} prompts; {count} are asked for")
+    return prompts[:count]
 
 
 async def measure(

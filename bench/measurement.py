@@ -1,6 +1,8 @@
 """What one server answered, and where two servers' answers part."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from bench.client import Completion
 from bench.prometheus import EngineCounters
@@ -12,6 +14,13 @@ class Prompt:
 
     id: str
     text: str
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a JSON-lines file of {"id", "text"}; blank lines are skipped."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = (json.loads(line) for line in lines if line.strip())
+    return [Prompt(str(row["id"]), row["text"]) for row in rows]
 
 
 @dataclass(frozen=True)

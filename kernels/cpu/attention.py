@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from kernels.formats import ue8m0_scale
+from kernels.formats import FP8_MAX, ue8m0_scale
 
 NOPE_DIM = 448
 ROPE_DIM = 64
@@ -23,7 +23,6 @@ HEAD_DIM = NOPE_DIM + ROPE_DIM
 SCALE_GROUP = 64
 TOKEN_BYTES = NOPE_DIM + 2 * ROPE_DIM
 SCALE_BYTES = 8
-FP8_MAX = 448.0
 # Smallest scale that DeepSeek-V4's quantizers use, before rounding up to a power of two.
 MIN_SCALE = 1e-4
 # Tokens whose keys are gathered at once; bounds memory at 2 * chunk * keys * 4 bytes per head.

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from kernels.cpu.attention import FP8_MAX, MIN_SCALE, NOPE_DIM, ROPE_DIM, rotate, write_ds_mla
-from kernels.formats import ue8m0_scale
+from kernels.cpu.attention import MIN_SCALE, ROPE_DIM, rotate, write_ds_mla
+from kernels.formats import FP8_MAX, ue8m0_scale
 
 INDEX_DIM = 128
 
@@ -83,6 +83,15 @@ def _completed(positions: torch.Tensor, kv_slot_mapping: torch.Tensor, ratio: in
     return done.nonzero().squeeze(1)
 
 
+def _rotated(
+    pooled: torch.Tensor, positions: torch.Tensor, cos_sin_cache: torch.Tensor, ratio: int
+) -> torch.Tensor:
+    """Rotate the last 64 dimensions as the group's first position: bfloat16 (n, head_dim)."""
+    nope, rope = pooled[:, :-ROPE_DIM], pooled[:, -ROPE_DIM:]
+    first = positions // ratio * ratio
+    return torch.cat((nope, rotate(rope, cos_sin_cache[first])), dim=1).bfloat16()
+
+
 def compress_norm_rope_store_cpu(
     state_cache: torch.Tensor,
     gather_slots: torch.Tensor,
@@ -109,10 +118,8 @@ def compress_norm_rope_store_cpu(
     done = _completed(positions, kv_slot_mapping, compress_ratio)
     if not done.numel():
         return
-    key = _pool(state_cache, gather_slots[done], rms_norm_weight, rms_norm_eps, compress_ratio)
-    first = positions[done] // compress_ratio * compress_ratio
-    rope = rotate(key[:, NOPE_DIM:], cos_sin_cache[first])
-    key = torch.cat((key[:, :NOPE_DIM], rope), dim=1).bfloat16()
+    pooled = _pool(state_cache, gather_slots[done], rms_norm_weight, rms_norm_eps, compress_ratio)
+    key = _rotated(pooled, positions[done], cos_sin_cache, compress_ratio)
     write_ds_mla(kv_cache_2d, kv_cache_block_size, kv_slot_mapping[done], key)
 
 
@@ -135,11 +142,8 @@ def compress_norm_rope_store_indexer_cpu(
     done = _completed(positions, kv_slot_mapping, compress_ratio)
     if not done.numel():
         return
-    key = _pool(state_cache, gather_slots[done], rms_norm_weight, rms_norm_eps, compress_ratio)
-    first = positions[done] // compress_ratio * compress_ratio
-    split = INDEX_DIM - ROPE_DIM
-    rope = rotate(key[:, split:], cos_sin_cache[first])
-    key = torch.cat((key[:, :split], rope), dim=1).bfloat16().float()
+    pooled = _pool(state_cache, gather_slots[done], rms_norm_weight, rms_norm_eps, compress_ratio)
+    key = _rotated(pooled, positions[done], cos_sin_cache, compress_ratio).float()
     scale = ue8m0_scale(key.abs().amax(-1, keepdim=True).clamp(min=MIN_SCALE), FP8_MAX)
     codes = (key / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     data, scales = index_regions(kv_cache_2d, kv_cache_block_size)

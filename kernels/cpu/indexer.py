@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from kernels.cpu.attention import FP8_MAX, MIN_SCALE, rotate
+from kernels.cpu.attention import MIN_SCALE, rotate
 from kernels.cpu.compressor import index_regions
-from kernels.formats import ue8m0_scale
+from kernels.formats import FP8_MAX, ue8m0_scale
 
 INDEX_TOPK = 512
 

@@ -35,13 +35,7 @@ class RetrofitWithHead(FakeRetrofit):
 
 
 @pytest.fixture
-def config(tmp_path):
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
-    prompts = tmp_path / "prompts.jsonl"
-    rows = [{"id": f"p{i}", "text": f"text {i}"} for i in range(5)]
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def config(tmp_path, model, prompts):
     return AcceptanceConfig(
         model=model, prompts=prompts, runs=5, prompts_per_run=1, max_tokens=25,
         work=tmp_path / "work", output=tmp_path / "result.json",

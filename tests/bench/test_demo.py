@@ -10,13 +10,7 @@ from tests.bench.fake_openai import FakeEngine, fake_openai
 
 
 @pytest.fixture
-def config(tmp_path):
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
-    prompts = tmp_path / "prompts.jsonl"
-    rows = [{"id": f"p{i}", "text": f"text {i}"} for i in range(5)]
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def config(tmp_path, model, prompts):
     return DemoConfig(
         model=model, prompts=prompts, num_prompts=3, max_tokens=9, output=tmp_path / "out"
     )

@@ -19,25 +19,15 @@ from tests.loader import fake_cuda
 # (layers, draft, window, max_num_batched_tokens)
 CASES = [(43, True, 524288, 8192), (43, False, 131072, 4096), (43, True, 4096, 8192),
          (5, True, 131072, 2048), (2, False, 8192, 2048)]  # fmt: skip
-# Small where the KV cache does not depend on it.
-SIZES = {
-    "hidden_size": 256,
-    "moe_intermediate_size": 256,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "vocab_size": 512,
-    "num_attention_heads": 16,
-    "q_lora_rank": 128,
-    "o_lora_rank": 128,
-}
 
 
 def measure(layers: int, draft: bool, window: int, batched_tokens: int) -> dict[str, int]:
     from scripts.make_full_size import FullSizeConfig, model_config
     from serve.shapes import flash_config
     from tests.loader import engine
+    from tests.loader.scenarios import SMALL
 
-    body = model_config(FullSizeConfig(layers), flash_config() | SIZES)
+    body = model_config(FullSizeConfig(layers), flash_config() | SMALL)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(body))
         config, models = engine.make_configs(Path(folder))

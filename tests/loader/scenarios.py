@@ -27,7 +27,8 @@ from serve.shapes import checkpoint_tensors, flash_config
 
 # Named tensors in, named tensors out: [] drops, two add.
 Edit = Callable[[str, torch.Tensor], list[tuple[str, torch.Tensor]]]
-TINY = {
+# The KV cache does not depend on these.
+SMALL = {
     "hidden_size": 256,
     "moe_intermediate_size": 256,
     "n_routed_experts": 4,
@@ -36,6 +37,8 @@ TINY = {
     "num_attention_heads": 16,
     "q_lora_rank": 128,
     "o_lora_rank": 128,
+}
+TINY = SMALL | {
     "index_n_heads": 4,
     "num_hidden_layers": 3,
     "num_hash_layers": 1,
