@@ -213,6 +213,10 @@ def is_compressor(stem: str) -> bool:
     return re.search(r"compressor\.(wkv|wgate)$|indexer\.weights_proj$", stem) is not None
 
 
+# config.json's expert_dtype for W4A16-FP8. vLLM asks only whether it is "fp4", as an absent one is
+# for it: MegaMoE would then take the experts, and its CPU class rename attention's scales.
+EXPERT_DTYPE = "int4"
+
 # config.json's entry for W4A16-FP8. Regular expressions that also match layer `num_hidden_layers`,
 # under which the engine builds the head: targets spelled `mtp.0...` never match. Each group states
 # its own format: the global "mixed-precision" is no format that a layer can have.

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kernels.weights import EXPERT_DTYPE
 from retrofit.layout import layer_of_head
 
 FP8, INT4, NONE = "float8 block", "int4 group", "none"
@@ -50,6 +51,11 @@ def config_faults(config: Mapping[str, Any]) -> list[str]:
         faults.append(
             f"config.json: num_nextn_predict_layers = {config.get('num_nextn_predict_layers')!r}; "
             "1 is needed"
+        )
+    if config.get("expert_dtype", "fp4") == "fp4":
+        faults.append(
+            f"config.json: expert_dtype = {config.get('expert_dtype')!r}: vLLM takes the experts "
+            f"for FP4; {EXPERT_DTYPE!r} is what they are"
         )
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict):

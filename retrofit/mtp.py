@@ -17,7 +17,15 @@ from typing import Any
 
 import torch
 
-from kernels.weights import HEAD_PREFIX, Kind, Layout, Weight, expert_shapes, head_weights
+from kernels.weights import (
+    EXPERT_DTYPE,
+    HEAD_PREFIX,
+    Kind,
+    Layout,
+    Weight,
+    expert_shapes,
+    head_weights,
+)
 from retrofit import experts, matching, pack, verify
 from retrofit.calibration import META, Calibration
 from retrofit.errors import BadInput
@@ -152,7 +160,8 @@ def merged_config(source: Checkpoint, base: Checkpoint) -> dict[str, Any]:
         BadInput: the two are different models, or either is none that is known here.
     """
     check_sizes(source.config)
-    merged = dict(base.config)
+    # Bases name what they were made from: fp4, or bf16 after Transformers.
+    merged = {**base.config, "expert_dtype": EXPERT_DTYPE}
     for key in RESTORED:
         if key not in source.config:
             continue

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels.weights import (
+    EXPERT_DTYPE,
     QUANTIZATION_CONFIG,
     Layout,
     Weight,
@@ -149,7 +150,7 @@ def write_checkpoint(config: QuantizeBaseConfig, source: Checkpoint, folder: Pat
 def base_config(config: dict[str, Any]) -> dict[str, Any]:
     """The original's config.json with the quantization of the result."""
     quantization = json.loads(json.dumps(QUANTIZATION_CONFIG))
-    return {**config, "quantization_config": quantization}
+    return {**config, "expert_dtype": EXPERT_DTYPE, "quantization_config": quantization}
 
 
 def copy_other_files(source: Path, folder: Path) -> None:

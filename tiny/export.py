@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kernels.formats import quantize_fp4, quantize_fp8_block, quantize_int4
-from kernels.weights import QUANTIZATION_CONFIG
+from kernels.weights import EXPERT_DTYPE, QUANTIZATION_CONFIG
 from tiny.config import TinyConfig
 from tiny.layers import Storage
 from tiny.model import DeepseekV4
@@ -109,7 +109,7 @@ def export(
     original = layout == Layout.ORIGINAL
     settings["quantization_config"] = ORIGINAL_QUANTIZATION if original else QUANTIZATION_CONFIG
     if not original:
-        settings["expert_dtype"] = "int4"
+        settings["expert_dtype"] = EXPERT_DTYPE
     temporary = folder.with_name(folder.name + ".tmp")
     remove_folder(temporary)
     temporary.mkdir(parents=True)

@@ -268,6 +268,11 @@ BROKEN = {
         config(lambda c: c["quantization_config"].update(quant_method="fp8")),
         "quant_method = 'fp8'",
     ),
+    "experts said to be FP4": (
+        config(lambda c: c.update(expert_dtype="fp4")),
+        "expert_dtype = 'fp4': vLLM takes the experts for FP4",
+    ),
+    "experts' dtype absent": (config(lambda c: c.pop("expert_dtype")), "expert_dtype = None"),
     "no topk_method": (config(lambda c: c.pop("topk_method")), "topk_method = None"),
     "no head in the config": (
         config(lambda c: c.update(num_nextn_predict_layers=0)),

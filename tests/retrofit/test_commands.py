@@ -100,6 +100,8 @@ def test_the_base_is_the_tiny_exporters_w4a16_without_the_head(original, base, t
         elif f"{name.removesuffix('_scale')}" not in ours:
             assert torch.equal(ours[name], theirs[name]), name
     assert verify.check(scan(base)).faults == ["no tensor is named mtp.0.*: the head is absent"]
+    configs = [json.loads((path / CONFIG).read_text()) for path in (base, folder)]
+    assert configs[0] == configs[1]
     assert (base / "tokenizer.json").read_bytes() == (original / "tokenizer.json").read_bytes()
 
 
@@ -280,6 +282,17 @@ def test_what_quantization_lost_from_the_config_is_restored(original, base, tmp_
     config, source = (json.loads((f / CONFIG).read_text()) for f in (dst, original))
     for key in (*keys, "compress_ratios"):
         assert config[key] == source[key]
+
+
+@pytest.mark.parametrize("said", ["fp4", "bf16", None])
+def test_the_result_says_int4_whatever_the_base_said_of_its_experts(said, original, base, tmp_path):
+    other = copy_of(base, tmp_path / "other")
+    edit_config(other, lambda c: c.pop("expert_dtype"))
+    if said is not None:
+        edit_config(other, lambda c: c.update(expert_dtype=said))
+    dst = tmp_path / "dst"
+    assert main(["mtp", str(original), str(other), str(dst), "--rtn"]) == 0
+    assert json.loads((dst / CONFIG).read_text())["expert_dtype"] == "int4"
 
 
 def test_the_shards_with_the_head_are_enough_of_the_original(original, base, good, tmp_path):
