@@ -10,7 +10,8 @@ With one speculative token the input does not depend on the head's own experts, 
 will do, such as one rounded to nearest. The draft must get no rejected tokens
 (`disable_padded_drafter_batch`), and hooks do not run inside CUDA graphs or compiled code: the same
 hook serves the NVIDIA class when it runs with `--enforce-eager`. With tensor parallelism the FFN's
-input is whole on every rank; the first rank writes.
+input is whole on every rank; the first rank writes, and holds the folder while it lives: a second
+server, or the first rank of another data-parallel engine, does not start.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from torch import nn
 
 from kernels.cpu.routing import biased_topk_cpu
+from kernels.folder_lock import FolderHeld, FolderLock
 from retrofit.calibration import CalibrationWriter
 from retrofit.control import CAPTURE_DIR, STATUS, Action, Answer, Order, read_order, write
 from retrofit.errors import BadInput
@@ -53,11 +55,13 @@ class Recorder:
     Args:
         folder: of control.json, status.json and the calibration.
         meta: of the model; a folder with another model's rows is refused in the answer.
+        hold: of the folder, kept for as long as the recorder.
     """
 
-    def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, meta: dict[str, Any], hold: FolderLock | None = None) -> None:
         self.folder = folder
         self.meta = meta
+        self.hold = hold
         self.recording = False
         self._writer: CalibrationWriter | None = None
         self._failure: str | None = None
@@ -127,6 +131,22 @@ class Recorder:
                 said = message
 
 
+def hold(folder: Path, model: str) -> FolderLock:
+    """Keep other servers out of the folder while this process lives.
+
+    Raises:
+        ValueError: another one records into it, or the folder cannot be locked.
+    """
+    try:
+        return FolderLock(folder, f"serves {model}")
+    except FolderHeld as error:
+        raise ValueError(
+            f"capture: {folder}: is held by {error}; one server records into a folder at a time"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"capture: {folder}: cannot be locked: {error.strerror}") from error
+
+
 def check_config(vllm_config: Any) -> None:
     """Refuse settings under which the rows would be wrong or missing.
 
@@ -188,7 +208,8 @@ def attach(draft: nn.Module, vllm_config: Any, folder: Path) -> Recorder | None:
     Returns:
         the recorder, not yet started; None on ranks that do not write.
     Raises:
-        ValueError: see `check_config`; more than one MTP layer, or one routed by a table.
+        ValueError: see `check_config` and `hold`; more than one MTP layer, or one routed by a
+            table.
     """
     from vllm.distributed import get_tensor_model_parallel_rank
 
@@ -202,7 +223,9 @@ def attach(draft: nn.Module, vllm_config: Any, folder: Path) -> Recorder | None:
         raise ValueError("capture: the MTP layer's router has no bias; noaux_tc is needed")
     if get_tensor_model_parallel_rank():
         return None
-    recorder = Recorder(folder, model_meta(vllm_config, int(number)))
+    # Before the recorder: it takes note of the order that it finds, which may be another server's.
+    lock = hold(folder, vllm_config.model_config.model)
+    recorder = Recorder(folder, model_meta(vllm_config, int(number)), lock)
     config = vllm_config.model_config.hf_config
     ffn.register_forward_pre_hook(_Hook(recorder, config))
     return recorder

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from kernels.folder_lock import FolderHeld, check_free
 from serve.checkpoint import check_checkpoint
 from serve.command import vllm_command
 from serve.engine import REPOSITORY, check_engine
@@ -37,13 +38,30 @@ def run(arguments: argparse.Namespace) -> NoReturn | None:
     shown = [f"{name}={value}" for name, value in sorted(added.items())]
     if not arguments.dry_run:
         if capture is not None:
-            capture.mkdir(parents=True, exist_ok=True)
+            prepare_capture(capture)
         check_checkpoint(model, num_speculative_tokens)
         check_engine()
     print(shlex.join(shown + command), flush=True)
     if arguments.dry_run:
         return None
     os.execve(command[0], command, env)
+
+
+def prepare_capture(folder: Path) -> None:
+    """Make the folder for calibration rows. The engine takes it later and looks again.
+
+    Raises:
+        ConfigError: it cannot be made or used, or another server records into it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        check_free(folder)
+    except FolderHeld as error:
+        raise ConfigError(
+            f"--capture {folder}: is held by {error}; one server records into a folder at a time"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"--capture {folder}: {error.strerror}") from error
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

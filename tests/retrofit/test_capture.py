@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -327,6 +329,59 @@ class TestPlugin:
         assert ids.tolist() == [[1, 0]]
         scores = torch.nn.functional.softplus(torch.tensor([-1.0, 3.0])).sqrt()
         torch.testing.assert_close(weights[0], scores / scores.sum() * 1.5)
+
+
+class TestAttach:
+    """The plugin's start in the processes of servers; vLLM's part is stood in for."""
+
+    @pytest.fixture
+    def attach(self, original, folder, monkeypatch):
+        """attach(rank): as the process of that tensor-parallel rank; each is a server's own."""
+
+        def attach(rank: int) -> plugin.Recorder | None:
+            monkeypatch.setitem(
+                sys.modules,
+                "vllm.distributed",
+                _Namespace(get_tensor_model_parallel_rank=lambda: rank),
+            )
+            ffn = torch.nn.Module()
+            ffn.gate = _Namespace(e_score_correction_bias=torch.zeros(1))
+            layers = {str(HEAD_LAYER): _Namespace(mtp_block=_Namespace(ffn=ffn))}
+            hf = {"hidden_size": HIDDEN, "n_routed_experts": NUM_EXPERTS}
+            config = _Namespace(
+                speculative_config=_Namespace(
+                    num_speculative_tokens=1, disable_padded_drafter_batch=True
+                ),
+                model_config=_Namespace(
+                    enforce_eager=True,
+                    model=str(original),
+                    hf_config=_Namespace(**hf, num_experts_per_tok=TOPK),
+                ),
+            )
+            return plugin.attach(_Namespace(model=_Namespace(layers=layers)), config, folder)
+
+        return attach
+
+    def test_a_second_server_is_refused_until_the_first_has_ended(self, attach, original, folder):
+        first = attach(0)
+        with pytest.raises(ValueError, match="one server records into a folder at a time") as told:
+            attach(0)
+        assert str(told.value).startswith(f"capture: {folder}: is held by process {os.getpid()} on")
+        assert f"(serves {original})" in str(told.value)
+        first.hold.release()
+        attach(0).hold.release()
+
+    def test_the_other_ranks_of_a_server_neither_write_nor_take_the_folder(self, attach):
+        first = attach(0)
+        assert attach(1) is None
+        first.hold.release()
+        assert attach(1) is None
+        attach(0).hold.release()
+
+    def test_a_folder_that_cannot_be_locked_is_named(self, attach, folder):
+        (folder / "server.lock").mkdir()
+        with pytest.raises(ValueError, match=f"capture: {folder}: cannot be locked: Is a dir"):
+            attach(0)
 
 
 class _Namespace:

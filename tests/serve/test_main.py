@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import serve.__main__ as cli
+from kernels.folder_lock import FolderLock
 from serve import engine
 from serve.errors import EngineError
 
@@ -129,6 +130,27 @@ def test_capture_with_other_than_one_speculative_token_is_refused(started, tmp_p
     assert cli.main(options) == 2
     assert "--capture: num_speculative_tokens = 2; must be 1" in capsys.readouterr().err
     assert not (tmp_path / "rows").exists()
+
+
+def test_a_folder_that_another_server_records_into_is_refused(
+    started, checkpoint, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(cli, "check_engine", lambda: None)
+    options = [*RUN, "--model", str(checkpoint), "--capture", str(tmp_path)]
+    lock = FolderLock(tmp_path, "serves X")
+    assert cli.main(options) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"serve: --capture {tmp_path}: is held by process {os.getpid()} on ")
+    assert line.endswith("(serves X); one server records into a folder at a time")
+    assert started == []
+    lock.release()
+    assert cli.main(options) == 0
+
+
+def test_a_capture_folder_that_cannot_be_made_is_refused(started, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main([*RUN, "--capture", str(tmp_path / "file")]) == 2
+    assert f"serve: --capture {tmp_path / 'file'}: File exists" in capsys.readouterr().err
 
 
 def test_capture_shows_its_folder_in_a_dry_run_and_makes_none(started, tmp_path, capsys):
