@@ -19,9 +19,8 @@ import os, sys, time
 from pathlib import Path
 from kernels.folder_lock import FolderLock
 lock = FolderLock(Path(sys.argv[1]), "a test")
-child = os.fork()
-if child:
-    print(child, flush=True)
+if not os.fork():
+    print(os.getpid(), flush=True)
 time.sleep(60)
 """
 
