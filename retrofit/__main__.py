@@ -1,19 +1,28 @@
 """`python -m retrofit inspect | quantize-base | capture | mtp | verify`.
 
-Exit status: 0 done or sound; 1 a check found faults; 2 bad options or input.
+Exit status: 0 done or sound; 1 a check found faults; 2 bad options or input; 130 interrupted; 141
+nobody reads the output any more.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 
 from retrofit import capture, inspection, mtp, quantize_base, verify
 from retrofit.errors import BadInput
 
 BAD_INPUT = 2
-INTERRUPTED = 130
+INTERRUPTED = 130  # as a shell says of SIGINT
+OUTPUT_CLOSED = 141  # and of SIGPIPE
+
+
+def values(kind: type[StrEnum]) -> list[str]:
+    """What an option may be, as argparse shows it in messages."""
+    return [item.value for item in kind]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,8 +36,8 @@ def parser() -> argparse.ArgumentParser:
     base = commands.add_parser("quantize-base", help="original FP4/FP8 to W4A16-FP8, without data")
     base.add_argument("source", type=Path, metavar="SRC")
     base.add_argument("dst", type=Path, metavar="DST")
-    base.add_argument("--mtp", choices=list(quantize_base.Head), default="drop")
-    base.add_argument("--scale", choices=list(quantize_base.Scale), default="mse")
+    base.add_argument("--mtp", choices=values(quantize_base.Head), default="drop")
+    base.add_argument("--scale", choices=values(quantize_base.Scale), default="mse")
     base.add_argument("--shard-bytes", type=int, default=5_000_000_000)
 
     _add_capture(commands.add_parser("capture", help="calibration rows from a running server"))
@@ -44,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_capture(command: argparse.ArgumentParser) -> None:
-    default = capture.CaptureConfig(url="http://", out=Path())
+    default = capture.CaptureConfig(url="http://localhost", out=Path())
     command.add_argument("--url", required=True, help="of a server run with --capture DIR")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="the same folder")
     command.add_argument(
@@ -64,8 +73,8 @@ def _add_mtp(command: argparse.ArgumentParser) -> None:
     data = command.add_mutually_exclusive_group(required=True)
     data.add_argument("--calibration", type=Path, metavar="DIR", help="what `capture` wrote")
     data.add_argument("--rtn", action="store_true", help="round to nearest, without data")
-    command.add_argument("--device", choices=list(mtp.Device), default="cpu")
-    command.add_argument("--scale", choices=list(mtp.Scale), default="mse")
+    command.add_argument("--device", choices=values(mtp.Device), default="cpu")
+    command.add_argument("--scale", choices=values(mtp.Scale), default="mse")
     command.add_argument("--percdamp", type=float, default=0.01)
     command.add_argument("--no-activation-order", dest="activation_order", action="store_false")
     command.add_argument(
@@ -73,7 +82,7 @@ def _add_mtp(command: argparse.ArgumentParser) -> None:
         help="leave the route weight out of w2's Hessian",
     )  # fmt: skip
     command.add_argument("--experts-per-step", type=int, help="1 on the CPU, 4 on CUDA")
-    command.add_argument("--files", choices=list(mtp.Files), default="hard")
+    command.add_argument("--files", choices=values(mtp.Files), default="hard")
     command.add_argument("--allow-uncalibrated", action="store_true")
 
 
@@ -91,15 +100,25 @@ def main(argv: list[str] | None = None) -> int:
     options = vars(parser().parse_args(argv))
     make, run = CONFIGS[options.pop("command")]
     options.pop("rtn", None)
+    # Errors of writing do not say where.
+    place = options.get("dst") or options.get("out") or options.get("path")
     try:
         config = make(**options)
         print(config, file=sys.stderr)
-        return run(config)
+        status = run(config)
+        sys.stdout.flush()
+        return status
     except BadInput as error:
         print(f"retrofit: {error}", file=sys.stderr)
         return BAD_INPUT
+    except BrokenPipeError:
+        # What is still buffered would raise again at exit.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+        return OUTPUT_CLOSED
     except OSError as error:
-        print(f"retrofit: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"retrofit: {error.filename or place}: {error.strerror}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("retrofit: interrupted; the same command continues", file=sys.stderr)

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
 import json
+import math
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Iterator
@@ -26,7 +29,7 @@ from typing import Any
 import torch
 
 from retrofit.calibration import META, read_meta, row_entries, rows_file
-from retrofit.control import CONTROL, Action, Answer, Order, read_answer, write
+from retrofit.control import CONTROL, STATUS, Action, Answer, Order, read_answer, write
 from retrofit.errors import BadInput
 from retrofit.progress import Progress
 from retrofit.reading import read_tensor
@@ -38,6 +41,14 @@ ANSWER_TIMEOUT_S = 60.0
 REQUEST_TIMEOUT_S = 3600.0
 POLL_S = 0.05
 GIB = 1 << 30
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        return False
 
 
 @dataclass(frozen=True)
@@ -54,10 +65,10 @@ class CaptureConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "max_tokens", "budget_gib", "concurrency"):
-            if getattr(self, name) <= 0:
-                raise BadInput(f"{name} = {getattr(self, name)}; must be positive")
-        if not self.url.startswith(("http://", "https://")):
-            raise BadInput(f"url = {self.url!r}; must start with http:// or https://")
+            if not 0 < getattr(self, name) < math.inf:
+                raise BadInput(f"{name} = {getattr(self, name)}; must be positive and finite")
+        if not _is_url(self.url):
+            raise BadInput(f"url = {self.url!r}; must be http://HOST:PORT or https://HOST:PORT")
         object.__setattr__(self, "url", self.url.rstrip("/").removesuffix("/v1"))
 
     @property
@@ -76,7 +87,8 @@ class Prompt:
 def run(config: CaptureConfig) -> int:
     """See the module."""
     prompts = read_prompts(config.prompts, config.num_prompts)
-    config.out.mkdir(parents=True, exist_ok=True)
+    if not config.out.is_dir():
+        raise BadInput(f"{config.out}: no such folder; `serve run --capture` makes it")
     source = {"prompts_sha256": prompts_sha256(prompts), "max_tokens": config.max_tokens}
     done = read_done(config.out, source)
     left = [prompt for prompt in prompts if prompt.id not in done]
@@ -96,6 +108,8 @@ def read_prompts(path: Path, count: int) -> list[Prompt]:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except FileNotFoundError as error:
         raise BadInput(f"{path}: does not exist") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not UTF-8: {error}") from error
     if len(lines) < count:
         raise BadInput(f"{path}: {len(lines)} prompts; --num-prompts {count} asks for more")
     prompts = [_prompt(path, number, line) for number, line in enumerate(lines[:count], 1)]
@@ -128,7 +142,8 @@ def read_done(folder: Path, source: dict[str, Any]) -> list[str]:
     """Ids of the prompts whose rows are in the folder.
 
     Raises:
-        BadInput: the rows there came from other prompts, or from other lengths.
+        BadInput: the rows there came from other prompts, or from other lengths, or meta.json is
+            none of `capture`.
     """
     if not (folder / META).exists():
         return []
@@ -139,7 +154,10 @@ def read_done(folder: Path, source: dict[str, Any]) -> list[str]:
                 f"{folder}: {key} = {meta[key]!r}, not {value!r}; continue with the same options "
                 "or choose an empty folder"
             )
-    return list(meta.get("prompts_done", []))
+    done = meta.get("prompts_done", [])
+    if not isinstance(done, list) or not all(isinstance(name, str) for name in done):
+        raise BadInput(f"{folder / META}: prompts_done is no list of ids")
+    return done
 
 
 def ask_all(
@@ -186,7 +204,13 @@ class Server:
 
     def __init__(self, config: CaptureConfig) -> None:
         self.config = config
-        self.model = self._json("/v1/models")["data"][0]["id"]
+        models = self._json("/v1/models")
+        try:
+            self.model = str(models["data"][0]["id"])
+        except (KeyError, IndexError, TypeError) as error:
+            raise BadInput(
+                f"{config.url}/v1/models: lists no model; is it a server of ours?"
+            ) from (error)
 
     def ask(self, prompt: Prompt) -> None:
         """One greedy answer; ends where the model ends it."""
@@ -216,7 +240,10 @@ class Server:
         request = self.tell(action, meta)
         deadline = time.monotonic() + ANSWER_TIMEOUT_S
         while True:
-            answer = read_answer(self.config.out)
+            try:
+                answer = read_answer(self.config.out)
+            except (ValueError, TypeError) as error:
+                raise BadInput(f"{self.config.out / STATUS}: no answer of ours: {error}") from error
             if answer is not None and answer.request == request:
                 break
             if time.monotonic() > deadline:
@@ -239,7 +266,13 @@ class Server:
         except urllib.error.HTTPError as error:
             text = error.read().decode(errors="replace").strip()
             raise BadInput(f"{url}: HTTP {error.code}: {text[:300]}") from error
-        except (urllib.error.URLError, ConnectionError, TimeoutError, ValueError) as error:
+        except (
+            urllib.error.URLError,
+            http.client.HTTPException,
+            ConnectionError,
+            TimeoutError,
+            ValueError,
+        ) as error:
             raise BadInput(f"{url}: {getattr(error, 'reason', error)}") from error
 
 

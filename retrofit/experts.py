@@ -67,7 +67,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale", Scale(self.scale))
-        if self.percdamp <= 0 or any(value <= self.percdamp for value in self.ladder):
+        # NaN compares as false, and is refused.
+        if not (self.percdamp > 0 and all(value > self.percdamp for value in self.ladder)):
             raise ValueError(
                 f"percdamp = {self.percdamp}, ladder = {self.ladder}; percdamp must be positive "
                 "and the ladder above it"

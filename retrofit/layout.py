@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from kernels.weights import (
@@ -18,7 +19,7 @@ from kernels.weights import (
     trunk_weights,
 )
 from retrofit.errors import BadInput
-from retrofit.reading import Entry
+from retrofit.reading import CONFIG, Entry
 
 SIZES = (
     "num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "head_dim",
@@ -31,42 +32,47 @@ HEAD_NAME = re.compile(r"(?:model\.)?mtp\.\d+\.")
 HEAD_ALIASES = ("mtp.0.head.weight", "mtp.0.emb.tok_emb.weight")
 
 
-def check_sizes(config: Mapping[str, Any]) -> None:
-    """Whether config.json has what the names and shapes follow from.
+def check_sizes(config: Mapping[str, Any], where: Path = Path(CONFIG)) -> None:
+    """Whether config.json, called `where` in messages, has what names and shapes follow from.
 
     Raises:
-        BadInput: another model, a size that is absent or no positive number, a wrong number of
-            compress_ratios, the DSpark variant, or a quantized width that is no multiple of 128.
+        BadInput: another model, a size that is absent or no positive number, compress_ratios that
+            are no numbers or of a wrong count, the DSpark variant, or a quantized width that is no
+            multiple of 128.
     """
     if config.get("model_type") != "deepseek_v4":
-        raise BadInput(
-            f"config.json: model_type = {config.get('model_type')!r}; deepseek_v4 is needed"
-        )
+        raise BadInput(f"{where}: model_type = {config.get('model_type')!r}; deepseek_v4 is needed")
     for key in SIZES:
         value = config.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise BadInput(f"config.json: {key} = {value!r}; a number is needed")
+        if not _is_count(value) or (value == 0 and key != "num_hash_layers"):
+            raise BadInput(f"{where}: {key} = {value!r}; a positive number is needed")
     ratios = config.get("compress_ratios")
     if dspark := sorted(key for key in config if key.startswith("dspark_")):
         raise BadInput(
-            f"config.json: {dspark[0]} is set: this is the DSpark variant, whose mtp.* tensors "
+            f"{where}: {dspark[0]} is set: this is the DSpark variant, whose mtp.* tensors "
             "are no MTP head"
         )
     needed = config["num_hidden_layers"] + 1
     if not isinstance(ratios, list) or len(ratios) != needed:
         count = len(ratios) if isinstance(ratios, list) else "no"
         raise BadInput(
-            f"config.json: {count} compress_ratios; num_hidden_layers + 1 (the MTP layer) = "
+            f"{where}: {count} compress_ratios; num_hidden_layers + 1 (the MTP layer) = "
             f"{needed} are needed"
         )
+    if not all(map(_is_count, ratios)):
+        raise BadInput(f"{where}: compress_ratios = {ratios}; numbers are needed")
     if ratios[-1] != 0:
-        raise BadInput(f"config.json: compress_ratios ends in {ratios[-1]}; the MTP layer has 0")
+        raise BadInput(f"{where}: compress_ratios ends in {ratios[-1]}; the MTP layer has 0")
     for key in ("hidden_size", "moe_intermediate_size", "q_lora_rank"):
-        if config[key] == 0 or config[key] % INT4_GROUP:
+        if config[key] % INT4_GROUP:
             raise BadInput(
-                f"config.json: {key} = {config[key]} is not a multiple of {INT4_GROUP}, the "
+                f"{where}: {key} = {config[key]} is not a multiple of {INT4_GROUP}, the "
                 "quantization group"
             )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def base_forms(weight: Weight) -> tuple[tuple[Spec, ...], ...]:

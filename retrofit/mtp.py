@@ -44,6 +44,7 @@ from retrofit.reading import (
     CONFIG,
     INDEX,
     Checkpoint,
+    check_small_files,
     headers_sha256,
     open_checkpoint,
     read_header,
@@ -112,9 +113,12 @@ class MtpConfig:
 
     def settings(self, model: dict[str, Any]) -> Settings:
         """What the choice of each tensor depends on."""
+        limit = model.get("swiglu_limit")
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float)):
+            raise BadInput(f"config.json: swiglu_limit = {limit!r}; a number is needed")
         try:
             return Settings(
-                swiglu_limit=model.get("swiglu_limit"),
+                swiglu_limit=limit,
                 percdamp=self.percdamp,
                 scale=self.scale,
                 activation_order=self.activation_order,
@@ -132,10 +136,12 @@ def run(config: MtpConfig) -> int:
     model = merged_config(source, base)
     check_source(source)
     check_base(base, model)
+    check_small_files(base.folder)
     settings = config.settings(model)
     calibration = read_calibration(config, model)
     identity = run_identity(config, settings, source, base)
-    partial = Partial(config.dst, [config.source, config.base], identity)
+    inputs = [path for path in (config.source, config.base, config.calibration) if path]
+    partial = Partial(config.dst, inputs, identity)
     try:
         link_files(base.folder, partial.folder, config.files)
         parts = quantize(config, settings, model, source, calibration, partial.folder)
@@ -159,7 +165,7 @@ def merged_config(source: Checkpoint, base: Checkpoint) -> dict[str, Any]:
     Raises:
         BadInput: the two are different models, or either is none that is known here.
     """
-    check_sizes(source.config)
+    check_sizes(source.config, source.folder / CONFIG)
     # Bases name what they were made from: fp4, or bf16 after Transformers.
     merged = {**base.config, "expert_dtype": EXPERT_DTYPE}
     for key in RESTORED:
@@ -179,7 +185,7 @@ def merged_config(source: Checkpoint, base: Checkpoint) -> dict[str, Any]:
                 f"{base.folder}: {key} = {ours!r}, and {theirs!r} in {source.folder}; the base "
                 "must be a quantization of the original"
             )
-    check_sizes(merged)
+    check_sizes(merged, base.folder / CONFIG)
     return merged
 
 

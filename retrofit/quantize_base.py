@@ -33,6 +33,7 @@ from retrofit.reading import (
     DTYPES,
     INDEX,
     Checkpoint,
+    check_small_files,
     headers_sha256,
     open_checkpoint,
     refuse,
@@ -68,6 +69,7 @@ def run(config: QuantizeBaseConfig) -> int:
     """See the module."""
     source = open_checkpoint(config.source)
     check_source(source, with_head=config.mtp == Head.RTN)
+    check_small_files(source.folder)
     options = {k: v for k, v in asdict(config).items() if k not in ("source", "dst")}
     identity = {
         "command": "quantize-base",
@@ -91,7 +93,7 @@ def check_source(source: Checkpoint, with_head: bool) -> None:
     Raises:
         BadInput: the first fault.
     """
-    check_sizes(source.config)
+    check_sizes(source.config, source.folder / CONFIG)
     faults = compare_original_trunk(source.config, source.entries)
     if with_head:
         faults += compare_head(source.config, source.entries, Layout.ORIGINAL)

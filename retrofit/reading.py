@@ -5,9 +5,11 @@ Opening reads the headers only, so that a checkpoint of 160 GB opens in seconds.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+import os
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +62,9 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BadInput(f"{path}: does not exist") from error
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}") from error
+    except ValueError as error:
         raise BadInput(f"{path}: not JSON: {error}") from error
     if not isinstance(value, dict):
         raise BadInput(f"{path}: not a JSON object")
@@ -84,7 +88,9 @@ def read_header(path: Path) -> dict[str, Entry]:
             header = json.loads(file.read(length))
     except FileNotFoundError as error:
         raise BadInput(f"{path}: does not exist") from error
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}") from error
+    except ValueError as error:
         if isinstance(error, BadInput):
             raise
         raise BadInput(f"{path}: its header is not safetensors JSON") from error
@@ -154,11 +160,13 @@ def scan(folder: Path) -> Checkpoint:
 
     Raises:
         BadInput: no such folder, or no safetensors file in it.
+        OSError: the folder may not be listed.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder")
-    found = sorted(folder.glob("*.safetensors"))
+    # glob takes a folder that may not be listed for an empty one.
+    found = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
     if not found:
         raise BadInput(f"{folder}: no *.safetensors file")
     checkpoint = Checkpoint(folder)
@@ -232,6 +240,21 @@ def open_checkpoint(folder: Path, partial: bool = False) -> Checkpoint:
     faults = checkpoint.faults + ([] if partial else absent_faults(checkpoint))
     refuse(folder, faults)
     return checkpoint
+
+
+def check_small_files(folder: Path) -> None:
+    """Whether the files that a result takes over besides weights may be read.
+
+    Raises:
+        BadInput: the first that may not.
+    """
+    for path in sorted(folder.iterdir()):
+        if (
+            path.is_file()
+            and path.suffix != ".safetensors"
+            and not os.access(path, os.R_OK, effective_ids=True)
+        ):
+            raise BadInput(f"{path}: {os.strerror(errno.EACCES)}")
 
 
 def refuse(folder: Path, faults: list[str]) -> None:

@@ -27,7 +27,15 @@ from retrofit.layout import (
     spec_faults,
 )
 from retrofit.progress import Progress
-from retrofit.reading import Checkpoint, absent_faults, open_checkpoint, read_json, refuse, scan
+from retrofit.reading import (
+    CONFIG,
+    Checkpoint,
+    absent_faults,
+    open_checkpoint,
+    read_json,
+    refuse,
+    scan,
+)
 
 MANIFEST = "mtp_manifest.json"
 # An FP8 block's scale is its absmax / 448. Exponent bytes read as numbers are 100 and more.
@@ -63,7 +71,7 @@ def run(config: VerifyConfig) -> int:
     source = None
     if config.deep is not None:
         source = open_checkpoint(config.deep, partial=True)
-        check_sizes(source.config)
+        check_sizes(source.config, config.deep / CONFIG)
         refuse(config.deep, compare_head(source.config, source.entries, Layout.ORIGINAL))
     report = check(scan(config.path), source, config.stock_vllm)
     for note in report.notes:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from retrofit.errors import BadInput
 from retrofit.reading import DTYPES, HEADER_LEN_BYTES, read_json
 
 STATE = "retrofit-state.json"
-READABLE_BY_ALL = 0o644  # safetensors writes 0600, which a container's other user cannot read
+READABLE_BY_ALL = 0o644  # whatever the umask: a container's other user reads them
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -30,15 +30,21 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """A safetensors file, written beside, flushed to the disk, then renamed."""
     temporary = path.with_name(f".{path.name}.part")
-    save_file(
+    # Not `save_file`: a full disk is an OSError here, and a SafetensorError there.
+    data = save(
         {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-        temporary,
         metadata={"format": "pt"},
     )
-    temporary.chmod(READABLE_BY_ALL)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(READABLE_BY_ALL)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 class ShardWriter:
@@ -112,11 +118,12 @@ class ShardWriter:
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         """Close; after an exception, leave nothing behind."""
-        if kind is None:
-            self.close()
-        else:
-            self.file.close()
+        try:
+            if kind is None:
+                self.close()
+        finally:
             self.temporary.unlink(missing_ok=True)
+            self.file.close()
 
 
 class Partial:
@@ -132,13 +139,14 @@ class Partial:
     """
 
     def __init__(self, dst: Path, inputs: Iterable[Path], identity: Mapping[str, Any]) -> None:
-        self.dst = dst
-        self.folder = dst.with_name(dst.name + ".partial")
         for path in inputs:
             if dst.resolve() == path.resolve() or path.resolve() in dst.resolve().parents:
                 raise BadInput(f"{dst}: lies in {path}, which is only read")
-        if dst.exists():
+        # A link to nothing does not exist, and no folder can be renamed to it.
+        if dst.exists() or dst.is_symlink():
             raise BadInput(f"{dst}: exists; choose another name or remove it")
+        self.dst = dst
+        self.folder = dst.with_name(dst.name + ".partial")
         state = self.folder / STATE
         self.resumed = self.folder.exists()
         if self.resumed:
