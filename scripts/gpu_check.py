@@ -3,296 +3,33 @@
 
     python scripts/gpu_check.py prepare --plugin DIR          once; prints what to export
     python scripts/make_full_size.py --out CKPT --layers 4 --device cuda
-    python scripts/gpu_check.py run --checkpoint CKPT --out OUT [--cases graphs-k0,graphs-k1]
-    python scripts/gpu_check.py report --out OUT              exit 1 if a check failed
+    python scripts/gpu_check.py run --checkpoint CKPT --out OUT [--cases NAMES] [--together N]
+    python scripts/gpu_check.py report --out OUT [--cpu CPU_OUT]   exit 1 if a check failed
 
-Each case is one life of the engine in a process of its own and writes OUT/CASE.json, so that the
-cases may be spread over several commands; `report` judges what is there. Needs vLLM with the patch
-series applied and this repository on PYTHONPATH.
+Each case is one life of the engine (`gpu_case.py`) and writes OUT/CASE.json, so that the cases may
+be spread over several commands; `report` judges what is there. `--together 2` starts two engines at
+a time; they measure one after the other. CPU_OUT holds `tiny-k1` of a CPU, to compare acceptance
+with. Needs vLLM with the patch series applied and this repository on PYTHONPATH.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SCHEMA_VERSION = 1
+sys.path.insert(0, str(ROOT))
+from scripts.gpu_case import CASES, LAYER_KINDS, LONG_PROMPT_TOKENS  # noqa: E402
+
+CASE_SCRIPT = ROOT / "scripts" / "gpu_case.py"
 ENTRY_POINT = "[vllm.general_plugins]\ndsv4_maxq = kernels.plugin:register\n"
-PROMPT_TOKENS = (1, 127, 128, 129, 600, 2300)  # around the window, and beyond the indexer's top-k
-OUTPUT_TOKENS = 48
-STREAMS = (1, 2, 4, 8)
-STREAM_PROMPT_TOKENS, STREAM_OUTPUT_TOKENS, REPEATS = 256, 128, 3
-LONG_PROMPT_TOKENS, LONG_OUTPUT_TOKENS = 65_536, 32
-PROFILE_STEPS = 16
-LAYER_KINDS = {0: "window", 4: "csa", 128: "hca"}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One life of the engine. k: speculative tokens; tiny: the trained checkpoint instead."""
-
-    k: int
-    eager: bool = False
-    long_prompt: bool = False
-    profile: bool = False
-    tiny: bool = False
-
-
-CASES: dict[str, Case] = {
-    "graphs-k0": Case(0, long_prompt=True),
-    "graphs-k1": Case(1, long_prompt=True),
-    "graphs-k2": Case(2),
-    "graphs-k3": Case(3),
-    "eager-k0": Case(0, eager=True, profile=True),
-    "eager-k1": Case(1, eager=True, profile=True),
-    "tiny-k0": Case(0, eager=True, tiny=True),
-    "tiny-k1": Case(1, eager=True, tiny=True),
-}
-
-
-# ------------------------------------------------------------------------- in the engine's process
-
-
-def prompt_ids(length: int, seed: int, vocab_size: int) -> list[int]:
-    """Random token ids; the same for every case."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(30, vocab_size, (length,), generator=generator).tolist()
-
-
-def start_engine(case: Case, checkpoint: Path) -> Any:
-    from vllm import LLM
-
-    speculative = {"method": "mtp", "num_speculative_tokens": case.k} if case.k else None
-    return LLM(
-        str(checkpoint),
-        skip_tokenizer_init=True,
-        enforce_eager=case.eager,
-        max_model_len=LONG_PROMPT_TOKENS + 256 if case.long_prompt else 4096,
-        max_num_seqs=max(STREAMS),
-        max_num_batched_tokens=4096,
-        dtype="bfloat16",
-        block_size=256,
-        kv_cache_dtype="fp8",
-        gpu_memory_utilization=0.6,
-        enable_prefix_caching=False,
-        speculative_config=speculative,
-        disable_log_stats=False,
-        distributed_executor_backend="uni",  # the hooks of `scopes` need the model in this process
-    )
-
-
-def generate(llm: Any, prompts: list[list[int]], max_tokens: int, top: int | None = None) -> Any:
-    """(outputs, seconds); greedy, of exactly `max_tokens` tokens."""
-    from vllm import SamplingParams
-
-    parameters = SamplingParams(
-        temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, logprobs=top
-    )
-    start = time.perf_counter()
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
-    return [output.outputs[0] for output in outputs], time.perf_counter() - start
-
-
-def text_of(completion: Any) -> dict[str, Any]:
-    """Tokens, and how far the best was from the second best at each position."""
-    gaps = []
-    for row in completion.logprobs:
-        best = sorted((entry.logprob for entry in row.values()), reverse=True)[:2]
-        gaps.append(best[0] - best[1])
-    return {"tokens": list(completion.token_ids), "gaps": gaps}
-
-
-def counters(llm: Any) -> dict[str, Any]:
-    """vLLM's speculation counters, summed over the engine's life."""
-    return {
-        metric.name.removeprefix("vllm:spec_decode_"): getattr(
-            metric, "value", getattr(metric, "values", None)
-        )
-        for metric in llm.get_metrics()
-        if "spec_decode" in metric.name
-    }
-
-
-def accepted(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """Counters of the runs between two readings."""
-    drafts = after["num_drafts"] - before["num_drafts"]
-    drafted = after["num_draft_tokens"] - before["num_draft_tokens"]
-    taken = after["num_accepted_tokens"] - before["num_accepted_tokens"]
-    return {
-        "num_drafts": drafts,
-        "num_draft_tokens": drafted,
-        "num_accepted_tokens": taken,
-        "acceptance_rate": taken / drafted if drafted else None,
-        "acceptance_length": 1 + taken / drafts if drafts else None,
-    }
-
-
-def measure_streams(llm: Any, k: int, vocab_size: int) -> dict[str, Any]:
-    """Throughput of 1, 2, 4, 8 concurrent requests; seconds of each repeat."""
-    rows = {}
-    for streams in STREAMS:
-        prompts = [prompt_ids(STREAM_PROMPT_TOKENS, 100 + i, vocab_size) for i in range(streams)]
-        generate(llm, prompts, 8)  # warm-up
-        first = [generate(llm, prompts, 1)[1] for _ in range(REPEATS)]
-        before = counters(llm) if k else {}
-        whole = [generate(llm, prompts, STREAM_OUTPUT_TOKENS)[1] for _ in range(REPEATS)]
-        decode_s = statistics.median(whole) - statistics.median(first)
-        rows[str(streams)] = {
-            "seconds": whole,
-            "seconds_first_token": first,
-            "output_throughput": streams * STREAM_OUTPUT_TOKENS / statistics.median(whole),
-            "tpot_ms": decode_s * 1000 / (STREAM_OUTPUT_TOKENS - 1),
-            "speculation": accepted(before, counters(llm)) if k else None,
-        }
-    return rows
-
-
-def models_of(worker: Any) -> list[Any]:
-    """The target and, if there is one, the draft of a vLLM worker, for either model runner."""
-    runner = worker.model_runner
-    draft = getattr(runner, "speculator", None) or getattr(runner, "drafter", None)
-    return [runner.model, draft.model] if draft is not None else [runner.model]
-
-
-@contextmanager
-def scopes(models: list[Any], decode_tokens: int) -> Iterator[None]:
-    """Name each decoder layer's attention and experts to the profiler, in decode steps."""
-    import torch
-
-    handles = []
-
-    def name(module: Any, label: str) -> None:
-        open_scopes: list[Any] = []
-
-        def enter(_module: Any, args: Any, kwargs: Any) -> None:
-            shapes = [a.shape for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
-            is_decode = min(shape[0] for shape in shapes if shape) <= decode_tokens
-            scope = torch.profiler.record_function(label if is_decode else "prefill")
-            scope.__enter__()
-            open_scopes.append(scope)
-
-        def leave(*_: Any) -> None:
-            open_scopes.pop().__exit__(None, None, None)
-
-        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-        handles.append(module.register_forward_hook(leave))
-
-    for model in models:
-        ratios = model.config.compress_ratios
-        for key, module in model.named_modules():
-            if type(module).__name__ != "DeepseekV4DecoderLayer":
-                continue
-            number = int(next(part for part in key.split(".") if part.isdigit()))
-            kind = LAYER_KINDS[ratios[number]] if "mtp_block" not in key else "mtp"
-            for label, part in (("layer", module), ("attn", module.attn), ("ffn", module.ffn)):
-                name(part, f"{kind}/{label}")
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def profile_steps(llm: Any, k: int, vocab_size: int) -> dict[str, Any]:
-    """GPU time by kind of layer, and of the slowest kernels, in decode steps of one request."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    prompts = [prompt_ids(2300, 7, vocab_size)]
-    generate(llm, prompts, 8)
-    with (
-        scopes(llm.collective_rpc(models_of)[0], decode_tokens=(1 + k) * 2),
-        profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler,
-    ):
-        generate(llm, prompts, PROFILE_STEPS * (1 + k))
-    averages = profiler.key_averages()
-    kinds = {
-        event.key: {"calls": event.count, "us_per_call": event.device_time_total / event.count}
-        for event in averages
-        # The profiler has each scope on both sides; the CPU's sums the kernels that it started.
-        if event.device_type == torch.autograd.DeviceType.CPU
-        and event.key.partition("/")[0] in (*LAYER_KINDS.values(), "mtp")
-    }
-    kernels = sorted(averages, key=lambda event: -event.self_device_time_total)[:40]
-    return {
-        "kinds": kinds,
-        "kernels": [
-            {"name": e.key[:160], "calls": e.count, "us": e.self_device_time_total} for e in kernels
-        ],
-    }
-
-
-def run_case(name: str, checkpoint: Path, out: Path) -> dict[str, Any]:
-    """Everything that one engine life measures."""
-    import torch
-    import vllm
-
-    case = CASES[name]
-    start = time.perf_counter()
-    llm = start_engine(case, checkpoint)
-    result: dict[str, Any] = {
-        "start_s": time.perf_counter() - start,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "vllm": vllm.__version__,
-    }
-    vocab_size = llm.llm_engine.vllm_config.model_config.get_vocab_size()
-    prompts = [prompt_ids(length, length, vocab_size) for length in PROMPT_TOKENS]
-    before = counters(llm) if case.k else {}
-    together, _ = generate(llm, prompts, OUTPUT_TOKENS, top=2)
-    result["prompt_tokens"] = PROMPT_TOKENS
-    result["together"] = [text_of(completion) for completion in together]
-    result["speculation"] = accepted(before, counters(llm)) if case.k else None
-    if not case.k:
-        alone = [generate(llm, [prompt], OUTPUT_TOKENS, top=2)[0][0] for prompt in prompts]
-        result["alone"] = [text_of(completion) for completion in alone]
-    if not case.tiny:
-        result["streams"] = measure_streams(llm, case.k, vocab_size)
-    if case.long_prompt:
-        ids = prompt_ids(LONG_PROMPT_TOKENS, 9, vocab_size)
-        _, first_s = generate(llm, [ids], 1)
-        completions, seconds = generate(llm, [ids], LONG_OUTPUT_TOKENS, top=2)
-        result["long"] = {
-            "prompt_tokens": len(ids),
-            "seconds_first_token": first_s,
-            "seconds": seconds,
-            **text_of(completions[0]),
-        }
-    if case.profile:
-        result["profile"] = profile_steps(llm, case.k, vocab_size)
-    if torch.cuda.is_available():
-        result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-    result["load"] = json.loads((out / f"{name}.load.json").read_text())
-    return result
-
-
-def case_main(name: str, checkpoint: Path, out: Path) -> int:
-    """Run one case and write its file, whatever happens."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # hooks and memory are of this process
-    os.environ["DSV4_LOAD_RECORD"] = str(out / f"{name}.load.json")
-    try:
-        result: dict[str, Any] = {"error": None, **run_case(name, checkpoint, out)}
-    except Exception as error:  # noqa: BLE001 - the error is the case's result
-        traceback.print_exc()
-        result = {"error": f"{type(error).__name__}: {error}"}
-    body = {"schema_version": SCHEMA_VERSION, "case": name, **result}
-    (out / f"{name}.json").write_text(json.dumps(body, indent=1))
-    return 1 if result["error"] else 0
+CPU_TOLERANCE = 0.03  # of the acceptance rate, between two devices
+DEADLINE_STATUS = 124
 
 
 # ------------------------------------------------------------------------------------- judging
@@ -347,8 +84,24 @@ def judge(results: dict[str, dict[str, Any]]) -> list[str]:
             problems.append(f"{name}: no load record of {', '.join(sorted(missing))}")
         if case.k and not result["speculation"]["num_accepted_tokens"]:
             problems.append(f"{name}: no draft token was accepted")
-        if case.long_prompt and result["long"]["prompt_tokens"] < 65_536:
+        if case.long_prompt and result["long"]["prompt_tokens"] < LONG_PROMPT_TOKENS:
             problems.append(f"{name}: the long prompt had {result['long']['prompt_tokens']} tokens")
+    return problems
+
+
+def cpu_problems(cpu: dict[str, dict[str, Any]], gpu: dict[str, dict[str, Any]]) -> list[str]:
+    """Acceptance of the trained head that differs between a CPU and this device."""
+    problems = []
+    for name in ("tiny-k1",):
+        if missing := [label for label, run in (("CPU", cpu), ("GPU", gpu)) if name not in run]:
+            problems.append(f"{name}: no result of the {' and the '.join(missing)}")
+            continue
+        rates = [run[name]["heldout"]["speculation"]["acceptance_rate"] for run in (cpu, gpu)]
+        if abs(rates[0] - rates[1]) > CPU_TOLERANCE:
+            problems.append(
+                f"{name}: acceptance {rates[0]:.4f} on the CPU, {rates[1]:.4f} here; "
+                f"at most {CPU_TOLERANCE} apart"
+            )
     return problems
 
 
@@ -397,28 +150,59 @@ def prepare(plugin: Path) -> None:
     print(f"export PYTHONPATH={ROOT}:{plugin.resolve()}:$PYTHONPATH")
 
 
-def run(names: list[str], checkpoint: Path, tiny: Path, out: Path, timeout_s: float) -> int:
-    """Run cases one after another; 1 if one failed."""
+def run(
+    names: list[str], checkpoint: Path, tiny: Path, out: Path, timeout_s: float, together: int
+) -> int:
+    """Run cases, `together` at a time; 1 if one failed."""
     out.mkdir(parents=True, exist_ok=True)
-    failed = 0
+    statuses = [
+        status
+        for i in range(0, len(names), together)
+        for status in run_together(names[i : i + together], checkpoint, tiny, out, timeout_s)
+    ]
+    return int(any(statuses))
+
+
+def run_together(
+    names: list[str], checkpoint: Path, tiny: Path, out: Path, timeout_s: float
+) -> list[int]:
+    """Start these cases at once; their exit statuses."""
+    start = time.monotonic()
+    running = {}
+    for name in names:
+        for suffix in ("json", "partial", "ready", "load.json"):
+            (out / f"{name}.{suffix}").unlink(missing_ok=True)
     for name in names:
         folder = tiny if CASES[name].tiny else checkpoint
-        command = [sys.executable, __file__, "case", name, "--checkpoint", str(folder),
-                   "--out", str(out)]  # fmt: skip
-        start = time.monotonic()
+        command = [sys.executable, CASE_SCRIPT, name, "--checkpoint", folder, "--out", out,
+                   "--beside", ",".join(other for other in names if other != name)]  # fmt: skip
         with (out / f"{name}.log").open("w") as log:
-            try:
-                status = subprocess.run(
-                    command, stdout=log, stderr=subprocess.STDOUT, timeout=timeout_s, check=False
-                ).returncode
-            except subprocess.TimeoutExpired:
-                status = 124
-        if not (out / f"{name}.json").exists():
-            body = {"case": name, "error": f"ended with status {status} and no result"}
-            (out / f"{name}.json").write_text(json.dumps(body))
-        print(f"{name}: status {status}, {time.monotonic() - start:.0f} s", flush=True)
-        failed |= status != 0
-    return int(failed)
+            running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    statuses = {}
+    while running:
+        for name, process in list(running.items()):
+            status = process.poll()
+            if status is None and time.monotonic() - start > timeout_s:
+                process.kill()
+                process.wait()
+                status = DEADLINE_STATUS
+            if status is not None:
+                del running[name]
+                statuses[name] = status
+                close_case(name, status, out)
+                print(f"{name}: status {status}, {time.monotonic() - start:.0f} s", flush=True)
+        time.sleep(0.2)
+    return [statuses[name] for name in names]
+
+
+def close_case(name: str, status: int, out: Path) -> None:
+    """Leave a result of a case that ended without one: what it had measured, and an error."""
+    if (out / f"{name}.json").exists():
+        return
+    partial = out / f"{name}.partial"
+    body = json.loads(partial.read_text()) if partial.exists() else {"case": name}
+    body["error"] = f"ended with status {status} and no result"
+    (out / f"{name}.json").write_text(json.dumps(body))
 
 
 def case_names(text: str) -> list[str]:
@@ -441,23 +225,23 @@ def main(argv: list[str] | None = None) -> int:
     run_parser.add_argument("--out", type=Path, required=True)
     run_parser.add_argument("--cases", type=case_names, default=list(CASES))
     run_parser.add_argument("--timeout", type=float, default=550, help="seconds for one case")
-    case_parser = commands.add_parser("case")
-    case_parser.add_argument("name", choices=CASES)
-    case_parser.add_argument("--checkpoint", type=Path, required=True)
-    case_parser.add_argument("--out", type=Path, required=True)
+    run_parser.add_argument("--together", type=int, default=1, help="engines started at once")
     report_parser = commands.add_parser("report")
     report_parser.add_argument("--out", type=Path, required=True)
+    report_parser.add_argument("--cpu", type=Path, help="results of the tiny cases on a CPU")
     args = parser.parse_args(argv)
     if args.command == "prepare":
         prepare(args.plugin)
         return 0
-    if args.command == "case":
-        return case_main(args.name, args.checkpoint, args.out)
     if args.command == "run":
-        return run(args.cases, args.checkpoint, args.tiny, args.out, args.timeout)
+        return run(
+            args.cases, args.checkpoint, args.tiny, args.out, args.timeout, max(args.together, 1)
+        )
     results = read_results(args.out)
     print(report(results))
     problems = judge(results)
+    if args.cpu:
+        problems += cpu_problems(read_results(args.cpu), results)
     for problem in problems:
         print(f"gpu_check: {problem}", file=sys.stderr)
     return 1 if problems else 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from scripts.gpu_check import CASES, STREAMS, judge
+from scripts.gpu_case import CASES, STREAMS
+from scripts.gpu_check import judge
 
 pytestmark = pytest.mark.gpu
 FULL = [name for name, case in CASES.items() if not case.tiny]

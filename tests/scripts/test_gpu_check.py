@@ -8,7 +8,8 @@ from importlib.metadata import distributions
 import pytest
 
 from scripts import gpu_check
-from scripts.gpu_check import CASES, accepted, judge, main, noise, parity_problems, report
+from scripts.gpu_case import CASES, accepted, wait_for
+from scripts.gpu_check import cpu_problems, judge, main, noise, parity_problems, report
 
 KINDS = {
     "window/layer": {"calls": 2, "us_per_call": 10.0},
@@ -106,13 +107,44 @@ def test_the_report_has_a_row_for_each_case_and_a_table_for_each_profile():
 
 
 def test_a_case_that_ends_without_a_result_is_a_failed_case(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_check, "__file__", str(tmp_path / "absent.py"))
+    monkeypatch.setattr(gpu_check, "CASE_SCRIPT", tmp_path / "absent.py")
     arguments = ["--checkpoint", str(tmp_path), "--out", str(tmp_path / "out")]
     assert main(["run", *arguments, "--cases", "graphs-k0"]) == 1
     body = json.loads((tmp_path / "out" / "graphs-k0.json").read_text())
     assert body["error"] == "ended with status 2 and no result"
     assert main(["report", "--out", str(tmp_path / "out")]) == 1
     assert "graphs-k0: ended with status 2" in capsys.readouterr().err
+
+
+def test_what_a_case_had_measured_outlives_it(tmp_path, monkeypatch):
+    script = tmp_path / "case.py"
+    script.write_text(
+        "import pathlib, sys\n"
+        "out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
+        '(out / \'graphs-k0.partial\').write_text(\'{"case": "graphs-k0", "start_s": 7}\')\n'
+        "raise SystemExit(9)\n"
+    )
+    monkeypatch.setattr(gpu_check, "CASE_SCRIPT", script)
+    out = tmp_path / "out"
+    arguments = ["--checkpoint", str(tmp_path), "--out", str(out), "--cases", "graphs-k0"]
+    assert main(["run", *arguments]) == 1
+    body = json.loads((out / "graphs-k0.json").read_text())
+    assert body == {"case": "graphs-k0", "start_s": 7, "error": "ended with status 9 and no result"}
+
+
+def test_a_case_beside_one_that_ended_waits_no_longer(tmp_path):
+    (tmp_path / "tiny-k0.json").write_text("{}")
+    (tmp_path / "graphs-k0.ready").touch()
+    wait_for(["tiny-k0", "graphs-k0"], tmp_path)
+
+
+@pytest.mark.parametrize(("rate", "count"), [(0.68, 0), (0.6, 1)])
+def test_acceptance_is_compared_with_the_cpu(rate, count):
+    def tiny(value: float) -> dict:
+        return {"tiny-k1": {"heldout": {"speculation": {"acceptance_rate": value}}}}
+
+    assert len(cpu_problems(tiny(0.67), tiny(rate))) == count
+    assert cpu_problems({}, tiny(rate)) == ["tiny-k1: no result of the CPU"]
 
 
 def test_an_unknown_case_is_refused_with_the_known_ones(capsys):
