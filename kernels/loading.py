@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from kernels.formats import dequantize_fp8_block
+from kernels.full_sizes import FullSizes
 
 NAMES_SHOWN = 20
 PROBLEMS = ("missing", "unexpected", "given twice", "of a wrong type", "of a wrong size")
@@ -178,6 +179,9 @@ class StrictLoader:
         num_experts: routed experts of the model, over all ranks.
         first_layer: number of the first MTP layer; for the draft only.
         tp_rank, tp_size: this process's part of the attention heads.
+        sizes: of the tensors before they are cut; None leaves them to vLLM's own loaders.
+    Raises:
+        ValueError: the config gives no size for a parameter.
     """
 
     def __init__(
@@ -188,6 +192,7 @@ class StrictLoader:
         first_layer: int = 0,
         tp_rank: int = 0,
         tp_size: int = 1,
+        sizes: FullSizes | None = None,
     ) -> None:
         self.part = part
         self.tp_rank, self.tp_size = tp_rank, tp_size
@@ -199,7 +204,15 @@ class StrictLoader:
                 if part is Part.TARGET
                 else draft_names(parameter, num_experts, first_layer)
             )
-            self.expected |= {canonical_name(name): unit for name, unit in names}
+            for name, unit in names:
+                if (known := self.expected.setdefault(canonical_name(name), unit)) != unit:
+                    raise RuntimeError(f"strict load: {name} would fill {known} and {unit}")
+        self.sizes = sizes
+        if sizes and (unknown := sorted(n for n in self.expected if not sizes.knows(n))):
+            raise ValueError(
+                f"load of the {part}: the config gives no size for {len(unknown)} tensors: "
+                + ", ".join(unknown[:NAMES_SHOWN])
+            )
         # FP8 weights and scales of DEQUANTIZED modules that wait for each other.
         self.pending: dict[str, dict[str, torch.Tensor]] = {}
         self.report = LoadReport(part)
@@ -218,7 +231,7 @@ class StrictLoader:
                 continue
             name = canonical_name(given)
             if self._is_dequantized(name, tensor):
-                name, tensor = self._dequantize(name, tensor)
+                name, tensor = self._dequantize(given, tensor, filled, problems)
                 if tensor is None:
                     continue
             if name not in self.expected:
@@ -257,24 +270,42 @@ class StrictLoader:
             return False
         return leaf == SCALE or (leaf == "weight" and tensor.dtype == torch.float8_e4m3fn)
 
-    def _dequantize(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor | None]:
+    def _dequantize(
+        self,
+        given: str,
+        tensor: torch.Tensor,
+        filled: set[str],
+        problems: dict[str, list[str]],
+    ) -> tuple[str, torch.Tensor | None]:
         """Keep one half, or give back the BF16 weight when it is the second."""
+        name = canonical_name(given)
         module, _, leaf = name.rpartition(".")
+        weight = f"{module}.weight"
         halves = self.pending.setdefault(module, {})
+        if leaf in halves:
+            problems["given twice"].append(given)
+            return name, None
         halves[leaf] = tensor
         if len(halves) < 2:
             return name, None
         del self.pending[module]
-        self.report.dequantized.append(module)
-        weight = f"{module}.weight"
         dtype = self.parameters[self.expected[weight].parameter].dtype
-        return weight, dequantize_fp8_block(halves["weight"], halves[SCALE], dtype)
+        try:
+            dense = dequantize_fp8_block(halves["weight"], halves[SCALE], dtype)
+        except ValueError as error:
+            problems["of a wrong size"].append(f"{weight} ({error})")
+            filled.add(weight)
+            return weight, None
+        self.report.dequantized.append(module)
+        return weight, dense
 
     def _fill(self, name: str, tensor: torch.Tensor) -> None:
         """Copy this rank's part. TypeError: see `as_stored`; ValueError: the sizes differ."""
         parameter_name, shard, expert = self.expected[name]
         parameter = self.parameters[parameter_name]
         tensor = as_stored(name, tensor, parameter)
+        if self.sizes:
+            self.sizes.check(name, tensor, self._weight_dtype(name, parameter))
         try:
             if parameter_name.endswith(".attn_sink"):
                 heads = tensor.chunk(self.tp_size)[self.tp_rank]
@@ -291,6 +322,14 @@ class StrictLoader:
             raise ValueError(
                 f"{name} ({list(tensor.shape)} into {list(parameter.shape)} of {parameter_name})"
             ) from error
+
+    def _weight_dtype(self, name: str, parameter: nn.Parameter) -> torch.dtype:
+        """Type of the parameter that holds the weight of this tensor's module."""
+        module = name.rpartition(".")[0]
+        for leaf in ("weight", "weight_packed"):
+            if unit := self.expected.get(f"{module}.{leaf}"):
+                return self.parameters[unit.parameter].dtype
+        return parameter.dtype
 
     def _check(self, problems: dict[str, list[str]], empty: bool) -> None:
         shown = [

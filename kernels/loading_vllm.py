@@ -8,8 +8,22 @@ import torch
 from torch import nn
 
 from kernels.cpu import LOGGER
+from kernels.full_sizes import FullSizes
 from kernels.load_record import RECORD, describe, summary
 from kernels.loading import Part, StrictLoader
+
+
+def int4_group_size(model: nn.Module) -> int | None:
+    """Input features that share an INT4 scale, as the engine will compute; None without INT4.
+
+    Raises:
+        RuntimeError: layers differ.
+    """
+    methods = (getattr(module, "quant_method", None) for module in model.modules())
+    sizes = {method.group_size for method in methods if hasattr(method, "group_size")}
+    if len(sizes) > 1:
+        raise RuntimeError(f"strict load: INT4 experts with group_size {sorted(sizes)}; must agree")
+    return next(iter(sizes), None)
 
 
 def load_strictly(
@@ -36,6 +50,7 @@ def load_strictly(
         first_layer=model.config.num_hidden_layers,
         tp_rank=group.rank_in_group,
         tp_size=group.world_size,
+        sizes=FullSizes(model.config.to_dict(), int4_group_size(model)),
     )
     report = loader.load(weights)
     entry = describe(model, report, group)

@@ -6,6 +6,7 @@ The letters A to U are those of the table of what unpatched vLLM 0.32.0 does.
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -140,7 +141,8 @@ def original_head(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tens
     if ".experts." in name:
         if not name.endswith(".weight_packed"):
             return []
-        packed, scale = quantize_fp4(torch.randn(tensor.shape[0], 8 * tensor.shape[1]))
+        weight = Draw(0, "cpu").normal(name, (tensor.shape[0], 8 * tensor.shape[1]), 1.0)
+        packed, scale = quantize_fp4(weight)
         stem = name.removesuffix("weight_packed")
         return [(f"{stem}weight", packed), (f"{stem}scale", scale)]
     return scale_leaf("scale")(name, tensor)
@@ -188,6 +190,33 @@ def twice(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     if name == "layers.1.ffn.gate.bias":
         copy = [(name.replace(".bias", ".e_score_correction_bias"), tensor.clone())]
     return [(name, tensor), *copy]
+
+
+def distinct(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """Other values for the generator's constants, so that every part of a tensor can be told."""
+    is_constant = tensor.is_floating_point() and not (tensor.float() != tensor.flatten()[0]).any()
+    if is_constant and tensor.numel() > 1:
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        tensor = (0.5 + torch.rand(tensor.shape, generator=generator)).to(tensor.dtype)
+    return [(name, tensor)]
+
+
+def both(first: Edit, second: Edit) -> Edit:
+    """One edit after the other."""
+    return lambda name, tensor: [pair for edited in first(name, tensor) for pair in second(*edited)]
+
+
+def resize(text: str, *, out: float = 1, cut: float = 1) -> Edit:
+    """Tensors whose name has the text, with their first and last size times a factor."""
+
+    def edit(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+        if text in name:
+            for dim, factor in ((0, out), (-1, cut)):
+                size = int(tensor.shape[dim] * factor)
+                tensor = torch.cat([tensor, tensor], dim).narrow(dim, 0, size).contiguous()
+        return [(name, tensor)]
+
+    return edit
 
 
 BOTH = ("target", "draft")
@@ -262,6 +291,29 @@ SCENARIOS: dict[str, Scenario] = {
             if name == "norm.weight"
             else [(name, tensor)]
         ),
+    ),
+    "no two values alike": Scenario(BOTH, edit=both(aliases, distinct)),
+    "MTP scales of groups twice as wide": Scenario(
+        edit=in_head(resize(".w2.weight_scale", cut=0.5))
+    ),
+    "MTP experts of half the width": Scenario(
+        edit=in_head(
+            lambda name, tensor: (
+                resize(".w2.weight_packed", cut=0.5)(name, tensor)
+                if ".w2." in name
+                else resize(".weight_packed", out=0.5)(name, tensor)
+            )
+        )
+    ),
+    "more query heads than the config's": Scenario(
+        ("target",), edit=resize("layers.1.attn.wq_b.weight", out=2)
+    ),
+    "half the attention sinks": Scenario(("target",), edit=resize("attn_sink", out=0.5)),
+    "twice the attention sinks": Scenario(("target",), edit=resize("attn_sink", out=2)),
+    "compressor scales of another size": Scenario(
+        ("target",),
+        edit=resize("layers.2.attn.compressor.wkv.weight_scale", cut=0.5),
+        layout={"fp8_compressor": True},
     ),
     "a tensor of another shape": Scenario(
         ("target",),

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from kernels.formats import quantize_fp8_block
+from kernels.full_sizes import FullSizes
 from kernels.loading import Part, StrictLoader, Unit, as_stored, canonical_name, is_mtp_name
+from serve.shapes import checkpoint_tensors, flash_config
 
 BLOCK = "model.layers.4.mtp_block."
 EXPERTS = f"{BLOCK}ffn.experts.routed_experts."
@@ -174,6 +176,22 @@ def test_fp8_without_its_scale_is_missing_it():
         )
 
 
+def test_a_half_of_an_fp8_weight_that_is_given_twice_is_refused():
+    name = "model.layers.1.attn.indexer.weights_proj.weight"
+    loader = target([name], **{name: torch.zeros(64, 128, dtype=torch.bfloat16)})
+    data, scale = quantize_fp8_block(torch.ones(64, 128), torch.float32)
+    prefix = "layers.1.attn.indexer.weights_proj."
+    halves = [(f"{prefix}scale", 2 * scale), (f"{prefix}weight_scale", scale)]
+    with pytest.raises(ValueError, match=r"1 given twice: \S+weights_proj.weight_scale$"):
+        loader.load([*halves, (f"{prefix}weight", data)])
+
+
+def test_two_parameters_that_one_tensor_would_fill_are_refused():
+    names = [f"model.layers.1.ffn.gate.{leaf}" for leaf in ("bias", "e_score_correction_bias")]
+    with pytest.raises(RuntimeError, match=r"gate\.\w+ would fill .*and.*"):
+        target(names)
+
+
 def test_a_scale_beside_a_bf16_weight_is_unexpected():
     name = "model.layers.1.attn.indexer.weights_proj.weight"
     loader = target([name], **{name: torch.zeros(64, 128, dtype=torch.bfloat16)})
@@ -239,3 +257,69 @@ def test_each_rank_takes_its_heads_of_the_attention_sink(rank, heads):
     loader = StrictLoader(model, Part.TARGET, num_experts=1, tp_rank=rank, tp_size=2)
     loader.load([("layers.0.attn.attn_sink", torch.arange(4.0))])
     assert loader.parameters[name].tolist() == [*heads, -1.0]
+
+
+CONFIG = flash_config()
+SIZES = FullSizes(CONFIG, group_size=128)
+INT4, FP8, BF16, U8, F32 = (
+    torch.int32,
+    torch.float8_e4m3fn,
+    torch.bfloat16,
+    torch.uint8,
+    torch.float32,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "weight_dtype", "size"),
+    [
+        ("embed.weight", BF16, BF16, (129280, 4096)),
+        ("mtp.0.head.weight", BF16, BF16, (129280, 4096)),
+        ("layers.0.attn.attn_sink", F32, F32, (64,)),
+        ("layers.0.ffn.gate.tid2eid", INT4, INT4, (129280, 6)),
+        ("mtp.0.attn.wo_b.weight", FP8, FP8, (4096, 8192)),
+        ("mtp.0.attn.wo_b.weight_scale", F32, FP8, (32, 64)),
+        ("mtp.0.ffn.experts.255.w2.weight_packed", INT4, INT4, (4096, 256)),
+        ("mtp.0.ffn.experts.255.w2.weight_scale", BF16, INT4, (4096, 16)),
+        ("mtp.0.ffn.experts.255.w2.weight_shape", INT4, INT4, (2,)),
+        ("mtp.0.ffn.experts.255.w2.weight", BF16, BF16, (4096, 2048)),
+        ("mtp.0.ffn.experts.255.w2.weight", U8, U8, (4096, 1024)),
+        ("mtp.0.ffn.experts.255.w2.weight_scale", U8, U8, (4096, 64)),
+        ("mtp.0.enorm.weight", BF16, BF16, (4096,)),
+    ],
+)
+def test_whole_sizes_of_flash(name, dtype, weight_dtype, size):
+    assert SIZES.knows(name)
+    assert SIZES.size(name, dtype, weight_dtype) == size
+
+
+@pytest.mark.parametrize(("group_size", "groups"), [(32, 64), (64, 32), (128, 16), (-1, 1)])
+def test_the_group_of_an_int4_scale_is_the_engine_s(group_size, groups):
+    sizes = FullSizes(CONFIG, group_size)
+    assert sizes.size("layers.9.ffn.experts.0.w2.weight_scale", BF16, INT4) == (4096, groups)
+
+
+def test_every_tensor_of_the_published_layout_has_its_size():
+    """Shapes as the headers of the published checkpoints have them."""
+    dtypes = {"BF16": BF16, "F32": F32, "F8_E4M3": FP8, "I32": INT4, "I64": torch.int64}
+    for spec in checkpoint_tensors(CONFIG):
+        module = spec.name.rpartition(".")[0]
+        weight = INT4 if ".experts." in module else FP8
+        assert SIZES.size(canonical_name(spec.name), dtypes[spec.dtype], weight) == spec.shape
+
+
+def test_a_weight_shape_of_another_weight_is_refused():
+    name = "mtp.0.ffn.experts.3.w2.weight_shape"
+    SIZES.check(name, torch.tensor([4096, 2048]), INT4)
+    with pytest.raises(ValueError, match=r"says \[2048, 4096\], must say \[4096, 2048\]"):
+        SIZES.check(name, torch.tensor([2048, 4096]), INT4)
+
+
+def test_one_value_may_have_any_number_of_dimensions():
+    SIZES.check("hc_head_scale", torch.tensor(1.0), F32)
+
+
+def test_a_parameter_of_which_the_config_knows_nothing_is_refused():
+    names = ["model.layers.1.ffn.gate.bias_vl"]
+    with pytest.raises(ValueError, match=r"no size for 1 tensors: layers\.1\.ffn\.gate\.bias_vl$"):
+        StrictLoader(Model(names), Part.TARGET, 2, sizes=SIZES)

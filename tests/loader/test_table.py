@@ -93,7 +93,7 @@ EXPECTED: dict[str, dict[str, str | None]] = {
     "MTP wholly in BF16, ignored as mtp": {"draft": COMPLETE},
     "MTP as DeepSeek published it": {
         "draft": HEAD + r"24 missing: .*; 12 unexpected: mtp\.0\.ffn\.experts\.0\.w1\.weight, .*; "
-        r"12 of a wrong size"
+        r"12 of a wrong size: .*w1\.weight_scale \(\[256, 8\], must be \[256, 2\]\)"
     },
     "all as DeepSeek published it": {"target": COMPLETE, "draft": COMPLETE},
     "MTP shard not in the index": {"draft": ALL_OF_THE_HEAD},
@@ -106,7 +106,28 @@ EXPECTED: dict[str, dict[str, str | None]] = {
     },
     "a tensor of another model": {"target": TARGET + r"1 unexpected: layers\.1\.attn\.k_scale$"},
     "a tensor of another shape": {
-        "target": TARGET + r"1 of a wrong size: layers\.1\.attn\.wq_b\.weight \(\[8064, 128\] into"
+        "target": TARGET + r"1 of a wrong size: layers\.1\.attn\.wq_b\.weight "
+        r"\(\[8064, 128\], must be \[8192, 128\]\)$"
+    },
+    "no two values alike": {"target": COMPLETE, "draft": COMPLETE},
+    "MTP scales of groups twice as wide": {
+        "draft": HEAD + r"4 of a wrong size: mtp\.0\.ffn\.experts\.0\.w2\.weight_scale "
+        r"\(\[256, 1\], must be \[256, 2\]\)"
+    },
+    "MTP experts of half the width": {
+        "draft": HEAD + r"12 of a wrong size: mtp\.0\.ffn\.experts\.0\.w1\.weight_packed "
+        r"\(\[128, 32\], must be \[256, 32\]\)"
+    },
+    "more query heads than the config's": {
+        "target": TARGET + r"2 of a wrong size: layers\.1\.attn\.wq_b\.weight \(\[16384, 128\], "
+    },
+    "half the attention sinks": {
+        "target": TARGET + r"3 of a wrong size: layers\.0\.attn\.attn_sink \(\[8\], must be \[16\]"
+    },
+    "twice the attention sinks": {"target": TARGET + r"3 of a wrong size: .*must be \[16\]"},
+    "compressor scales of another size": {
+        "target": TARGET + r"1 of a wrong size: layers\.2\.attn\.compressor\.wkv\.weight "
+        r"\(dequantize_fp8_block: scale shape"
     },
 }
 
