@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,20 @@ INTEGER_MARKS = {torch.int32: 0x07ABCDEF, torch.int64: -(1 << 40), torch.uint8: 
 SHARED = ("embed_tokens.weight", "shared_head.head.weight")
 
 
-def make_configs(folder: Path) -> tuple[Any, dict[str, Any]]:
+@dataclass(frozen=True)
+class Rank:
+    """One process of a tensor-parallel group, and how the group's processes find each other."""
+
+    rank: int = 0
+    world_size: int = 1
+    rendezvous: Path | None = None
+    expert_parallel: bool = False
+
+
+ALONE = Rank()
+
+
+def make_configs(folder: Path, rank: Rank = ALONE) -> tuple[Any, dict[str, Any]]:
     """(vLLM config, {"target": model config, "draft": its model config})."""
     from vllm.config import (
         CacheConfig,
@@ -37,7 +51,12 @@ def make_configs(folder: Path) -> tuple[Any, dict[str, Any]]:
         max_model_len=1024,
         enforce_eager=True,
     )
-    parallel = ParallelConfig()
+    parallel = ParallelConfig(
+        tensor_parallel_size=rank.world_size,
+        enable_expert_parallel=rank.expert_parallel,
+        distributed_executor_backend="mp" if rank.world_size > 1 else None,
+        rank=rank.rank,
+    )
     speculative = SpeculativeConfig(
         method="mtp",
         num_speculative_tokens=1,
@@ -63,16 +82,18 @@ def make_configs(folder: Path) -> tuple[Any, dict[str, Any]]:
 
 
 @cache
-def initialize_distributed() -> None:
-    """One rank, once per process; a vLLM config must be set."""
+def initialize_distributed(rank: Rank) -> None:
+    """This process's place in the group, once per process; a vLLM config must be set."""
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
 
-    rendezvous = Path(tempfile.mkdtemp()) / "rendezvous"
-    init_distributed_environment(1, 0, f"file://{rendezvous}", 0, "gloo")
-    initialize_model_parallel(1, 1)
+    rendezvous = rank.rendezvous or Path(tempfile.mkdtemp()) / "rendezvous"
+    init_distributed_environment(
+        rank.world_size, rank.rank, f"file://{rendezvous}", rank.rank, "gloo"
+    )
+    initialize_model_parallel(rank.world_size, 1)
 
 
-def construct(config: Any, model_config: Any) -> nn.Module:
+def construct(config: Any, model_config: Any, rank: Rank = ALONE) -> nn.Module:
     """The model that vLLM's registry names for this config, with unset parameters."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.utils import initialize_model
@@ -83,7 +104,7 @@ def construct(config: Any, model_config: Any) -> nn.Module:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with set_current_vllm_config(config):
-            initialize_distributed()
+            initialize_distributed(rank)
             return initialize_model(vllm_config=config, model_config=model_config)
     finally:
         torch.set_default_dtype(torch.float32)

@@ -118,6 +118,12 @@ def fake_platform(capability: tuple[int, int]) -> None:
             return False
 
         @classmethod
+        def get_device_communicator_cls(cls) -> str:
+            # CUDA's own would start NCCL; a load needs no collective operation.
+            module = "vllm.distributed.device_communicators.base_device_communicator"
+            return f"{module}.DeviceCommunicatorBase"
+
+        @classmethod
         def check_and_update_config(cls, vllm_config: Any) -> None:
             pass
 

@@ -20,17 +20,24 @@ from typing import Any
 from tests.loader import fake_cuda
 
 
-def attempt(config: Any, model_config: Any) -> dict[str, Any]:
-    from kernels.load_record import attention_classes, module_schemes
+def attempt(config: Any, model_config: Any, rank: Any, saved: Path | None) -> dict[str, Any]:
+    """Load one model; a complete one is kept under `saved`."""
+    import torch
+
+    from kernels.load_record import RECORD, attention_classes, module_schemes
     from tests.loader import engine
 
+    RECORD.entries.clear()
     try:
-        model = engine.construct(config, model_config)
+        model = engine.construct(config, model_config, rank)
         engine.mark(model)
         loaded = engine.load(model, model_config)
     except Exception as error:  # noqa: BLE001 - whatever the engine raises is the outcome
         return {"outcome": type(error).__name__, "message": str(error)}
     unset = engine.still_marked(model)
+    if saved is not None:
+        saved.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({name: p.data.clone() for name, p in model.named_parameters()}, saved)
     scales = {
         name: parameter.flatten()[0].item()
         for name, parameter in model.named_parameters()
@@ -40,6 +47,7 @@ def attempt(config: Any, model_config: Any) -> dict[str, Any]:
         "outcome": "SILENT" if unset else "complete",
         "unset": unset,
         "num_loaded": len(loaded),
+        "num_tensors": sum(entry["num_tensors"] for entry in RECORD.entries.values()),
         "num_parameters": len(dict(model.named_parameters())),
         "scale": next(iter(scales.values()), None),
         "modules": module_schemes(model),
@@ -52,8 +60,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="harness", description=__doc__.split("\n")[0])
     parser.add_argument("result", type=Path)
     parser.add_argument("--capability", default="12.0")
-    parser.add_argument("--only", help="scenarios whose name has this text")
+    parser.add_argument("--only", nargs="*", help="scenarios whose name has one of these texts")
     parser.add_argument("--stock", action="store_true", help="vLLM's own classes")
+    parser.add_argument("--save", type=Path, help="folder for the parameters of complete loads")
+    parser.add_argument("--rank", type=int, default=0, help="this process, of --world-size")
+    parser.add_argument("--world-size", type=int, default=1, help="tensor-parallel processes")
+    parser.add_argument("--rendezvous", type=Path, help="file that the ranks share")
+    parser.add_argument("--expert-parallel", action="store_true")
     args = parser.parse_args(argv)
     major, _, minor = args.capability.partition(".")
     fake_cuda.install((int(major), int(minor)))
@@ -66,14 +79,20 @@ def main(argv: list[str] | None = None) -> int:
         from kernels.plugin import register
 
         register()
+    rank = engine.Rank(args.rank, args.world_size, args.rendezvous, args.expert_parallel)
     results = {}
     for name, scenario in SCENARIOS.items():
-        if args.only and args.only not in name:
+        if args.only and not any(text in name for text in args.only):
             continue
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder), scenario)
-            config, models = engine.make_configs(Path(folder))
-            results[name] = {part: attempt(config, models[part]) for part in scenario.parts}
+            config, models = engine.make_configs(Path(folder), rank)
+            results[name] = {
+                part: attempt(
+                    config, models[part], rank, args.save and args.save / name / f"{part}.pt"
+                )
+                for part in scenario.parts
+            }
         for part, result in results[name].items():
             print(f"{name} | {part} | {result['outcome']} | {result.get('message', '')[:150]}")
     args.result.write_text(json.dumps(results, indent=1))
