@@ -8,6 +8,7 @@ so: the first start on the real cards measures them.
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from kernels.weights import FP8_BLOCK, INT4_GROUP
 from serve.checkpoint import HEADER_LEN_BYTES, INDEX_NAME, read_json
 from serve.errors import CheckpointError, ConfigError, PlanError
 from serve.kv_cache import BATCHES_IN_FLIGHT, INDEX_ROW_BYTES, KvLayout, kv_layout
@@ -55,6 +57,7 @@ GRAPH_BYTES = 500 * MIB
 INDEXER_LOGITS_BYTES = 512 * MIB  # the budget vLLM cuts its prefill chunks to
 FLASHINFER_WORKSPACE_BYTES = 128 * MIB
 LONG_CONTEXT_TOKENS = 256 * 1024
+VOCABULARY_PADDING = 64  # vLLM's
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,38 @@ def memory_bytes(tensor: TensorSpec, name: str) -> int:
     return tensor.num_bytes
 
 
+def check_split(config: Mapping[str, Any], profile: Profile) -> None:
+    """Refuse a number of ranks that the model cannot be cut into.
+
+    A rank takes whole heads, whole groups of the output projection, and of each matrix whole
+    quantization groups or blocks. The indexer's heads are not cut.
+
+    Raises:
+        PlanError: with each size that does not divide.
+    """
+    heads, groups = config["num_attention_heads"], config["o_groups"]
+    vocabulary = math.ceil(config["vocab_size"] / VOCABULARY_PADDING) * VOCABULARY_PADDING
+    whole = {
+        "num_attention_heads": (heads, 1),
+        "num_attention_heads * head_dim": (heads * config["head_dim"], FP8_BLOCK),
+        "o_groups": (groups, 1),  # vLLM rounds down
+        "o_groups * o_lora_rank": (groups * config["o_lora_rank"], FP8_BLOCK),
+        "moe_intermediate_size": (config["moe_intermediate_size"], INT4_GROUP),
+        "vocab_size, padded": (vocabulary, 1),
+    }
+    ranks = profile.tensor_parallel_size
+    odd = [
+        f"{name} = {size}" + (f" in multiples of {unit}" if unit > 1 else "")
+        for name, (size, unit) in whole.items()
+        if size % (ranks * unit)
+    ]
+    if odd:
+        raise PlanError(
+            f"profile {profile.name}: tensor_parallel_size = {ranks} does not divide "
+            + "; ".join(odd)
+        )
+
+
 def fixed_buffers(config: Mapping[str, Any], profile: Profile) -> dict[str, int]:
     """What vLLM allocates once, by its own formulas."""
     tokens, window = profile.max_num_batched_tokens, profile.max_model_len
@@ -191,9 +226,11 @@ def make_plan(profile: Profile, config: Mapping[str, Any], tensors: Iterable[Ten
 
     Raises:
         ConfigError: the profile is not for GPUs.
+        PlanError: the model cannot be cut into so many ranks.
     """
     if profile.device is not Device.CUDA:
         raise ConfigError(f"profile {profile.name}: device = 'cpu'; a plan is for cuda")
+    check_split(config, profile)
     weights = rank_weights(tensors, profile.tensor_parallel_size)
     card = CARD_MIB * MIB
     usable = int(card * profile.gpu_memory_utilization)
@@ -316,7 +353,7 @@ def run_plan(profile: Profile, model: Path | None, as_json: bool) -> None:
     """Print the plan.
 
     Raises:
-        PlanError: the profile does not fit.
+        PlanError: the profile does not fit, or its ranks cannot share the model.
     """
     plan, source = plan_profile(profile, model)
     if as_json:

@@ -132,6 +132,43 @@ def test_a_profile_that_does_not_fit_is_refused_with_status_3(capsys):
     assert "does not fit" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_flash_can_be_cut_into(ranks):
+    make_plan(replace(PROFILE, tensor_parallel_size=ranks), CONFIG, [])
+
+
+@pytest.mark.parametrize(
+    ("field", "size", "message"),
+    [
+        ("num_attention_heads", 63, "num_attention_heads = 63"),
+        ("head_dim", 6, r"num_attention_heads \* head_dim = 384 in multiples of 128"),
+        ("o_groups", 5, "o_groups = 5"),
+        ("o_lora_rank", 24, r"o_groups \* o_lora_rank = 192 in multiples of 128"),
+        ("moe_intermediate_size", 1152, "moe_intermediate_size = 1152 in multiples of 128"),
+    ],
+)
+def test_what_two_ranks_cannot_share_is_refused_with_status_3(field, size, message):
+    with pytest.raises(PlanError, match=f"tensor_parallel_size = 2 does not divide .*{message}"):
+        make_plan(PROFILE, CONFIG | {field: size}, [])
+
+
+def test_the_vocabulary_is_padded_before_it_is_cut():
+    make_plan(PROFILE, CONFIG | {"vocab_size": 129_279}, [])
+    with pytest.raises(PlanError, match="vocab_size, padded = 129280$"):
+        make_plan(
+            replace(PROFILE, tensor_parallel_size=512),
+            CONFIG
+            | dict.fromkeys(("num_attention_heads", "o_groups"), 512)
+            | {"moe_intermediate_size": 512 * 128},
+            [],
+        )
+
+
+def test_a_number_of_ranks_that_does_not_divide_names_every_size():
+    with pytest.raises(PlanError, match=r"= 3 does not divide num_attention_heads = 64; .*; "):
+        plan_profile(replace(PROFILE, tensor_parallel_size=3), None)
+
+
 def test_a_cpu_profile_has_no_plan():
     with pytest.raises(ConfigError, match="device = 'cpu'; a plan is for cuda"):
         plan_profile(load_profile("cpu-tiny"), None)
