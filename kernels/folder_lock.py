@@ -14,7 +14,8 @@ import socket
 from pathlib import Path
 from typing import TextIO
 
-LOCK = "server.lock"
+# Who may hold a folder, one of each: who records into it, and who says when.
+SERVER, CLIENT = "server.lock", "client.lock"
 LONGEST_HOLDER = 4096
 
 
@@ -28,14 +29,15 @@ class FolderLock:
     Args:
         folder: exists, and can be written to.
         purpose: what the holder does; it is told to those who come later.
+        name: of the file: SERVER or CLIENT.
     Raises:
         FolderHeld: another process, or another lock of this one, holds it.
         OSError: the file cannot be made or locked.
     """
 
-    def __init__(self, folder: Path, purpose: str) -> None:
+    def __init__(self, folder: Path, purpose: str, name: str = SERVER) -> None:
         # Not "w": the holder's description must stay where it is held.
-        self._file = (folder / LOCK).open("a+", encoding="utf-8")
+        self._file = (folder / name).open("a+", encoding="utf-8")
         _lock(self._file)
         # A child that is forked later has the same lock, and would keep it when this process ends.
         os.register_at_fork(after_in_child=self._file.close)
@@ -49,12 +51,12 @@ class FolderLock:
 
 
 def check_free(folder: Path) -> None:
-    """Whether a lock could be had now; it is not kept.
+    """Whether a server's lock could be had now; it is not kept.
 
     Raises:
         FolderHeld, OSError: as `FolderLock`.
     """
-    with contextlib.suppress(FileNotFoundError), (folder / LOCK).open(encoding="utf-8") as file:
+    with contextlib.suppress(FileNotFoundError), (folder / SERVER).open(encoding="utf-8") as file:
         _lock(file)
 
 

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from kernels.folder_lock import CLIENT, FolderHeld, FolderLock
 from retrofit.calibration import META, read_meta, row_entries, rows_file
 from retrofit.control import CONTROL, STATUS, Action, Answer, Order, read_answer, write
 from retrofit.errors import BadInput
@@ -90,12 +91,32 @@ def run(config: CaptureConfig) -> int:
     if not config.out.is_dir():
         raise BadInput(f"{config.out}: no such folder; `serve run --capture` makes it")
     source = {"prompts_sha256": prompts_sha256(prompts), "max_tokens": config.max_tokens}
-    done = read_done(config.out, source)
-    left = [prompt for prompt in prompts if prompt.id not in done]
-    if left:
-        ask_all(config, source, done, left, len(prompts))
+    with only_client(config.out):
+        done = read_done(config.out, source)
+        left = [prompt for prompt in prompts if prompt.id not in done]
+        if left:
+            ask_all(config, source, done, left, len(prompts))
     print(summary(config.out, len(prompts)))
     return 0
+
+
+@contextlib.contextmanager
+def only_client(folder: Path) -> Iterator[None]:
+    """Another `capture` would give its own orders, and name our rows' prompts wrongly.
+
+    Raises:
+        BadInput: there is another one.
+    """
+    try:
+        lock = FolderLock(folder, "captures", CLIENT)
+    except FolderHeld as error:
+        raise BadInput(
+            f"{folder}: is held by {error}; one `capture` fills a folder at a time"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_prompts(path: Path, count: int) -> list[Prompt]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels.folder_lock import LOCK, FolderHeld, FolderLock, check_free
+from kernels.folder_lock import CLIENT, SERVER, FolderHeld, FolderLock, check_free
 
 ROOT = Path(__file__).parents[2]
 # Takes the folder, forks a child that lives on, says so, and waits to be killed.
@@ -44,7 +44,7 @@ def test_a_held_folder_is_refused_and_its_holder_named(tmp_path):
     lock.release()
     check_free(tmp_path)
     FolderLock(tmp_path, "serves Z").release()
-    assert (tmp_path / LOCK).read_text().count("process") == 1
+    assert (tmp_path / SERVER).read_text().count("process") == 1
 
 
 def test_a_killed_holder_leaves_the_folder_free_though_its_child_lives(tmp_path, holder):
@@ -55,6 +55,14 @@ def test_a_killed_holder_leaves_the_folder_free_though_its_child_lives(tmp_path,
     process.wait()
     os.kill(child, 0)  # is there
     FolderLock(tmp_path, "us").release()
+
+
+def test_a_server_and_its_client_hold_a_folder_together(tmp_path):
+    locks = [FolderLock(tmp_path, "us", name) for name in (SERVER, CLIENT)]
+    with pytest.raises(FolderHeld):
+        FolderLock(tmp_path, "another", CLIENT)
+    for lock in locks:
+        lock.release()
 
 
 def test_to_look_whether_a_folder_is_free_leaves_nothing_in_it(tmp_path):

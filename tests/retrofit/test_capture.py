@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from kernels import capture as plugin
+from kernels.folder_lock import CLIENT, FolderLock
 from retrofit import capture
 from retrofit.__main__ import main
 from retrofit.calibration import Calibration, read_meta
@@ -177,6 +178,19 @@ def test_another_models_rows_are_refused(serve, folder, prompts, capsys):
     assert main(options(serve(other), folder, prompts)) == 2
     assert "model_sha256" in capsys.readouterr().err
     assert other.bodies == []
+
+
+def test_a_second_capture_into_the_folder_is_refused(serve, folder, prompts, capsys):
+    server = FakeServer(folder)
+    url = serve(server)
+    lock = FolderLock(folder, "captures", CLIENT)
+    assert main(options(url, folder, prompts)) == 2
+    err = capsys.readouterr().err
+    assert f"{folder}: is held by process {os.getpid()} on " in err
+    assert "one `capture` fills a folder at a time" in err
+    assert server.bodies == []
+    lock.release()
+    assert main(options(url, folder, prompts)) == 0
 
 
 def test_a_server_that_does_not_record_is_named(
