@@ -3,6 +3,8 @@
 import argparse
 import os
 import shlex
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -11,14 +13,14 @@ from kernels.folder_lock import FolderHeld, check_free
 from serve.checkpoint import check_checkpoint
 from serve.command import vllm_command
 from serve.engine import REPOSITORY, check_engine
-from serve.environment import added_environment, engine_environment
+from serve.environment import added_environment, engine_environment, load_record_path
 from serve.errors import ConfigError, ServeError
 from serve.plan import run_plan
 from serve.profiles import MAX_SPECULATIVE_TOKENS, load_profile, profile_names
 
 
 def run(arguments: argparse.Namespace) -> NoReturn | None:
-    """load_profile -> command -> check_checkpoint -> check_engine -> print -> exec."""
+    """load_profile -> command -> check_* -> print -> start_summary -> exec."""
     profile = load_profile(arguments.profile)
     model = arguments.model or REPOSITORY / profile.model
     num_speculative_tokens = arguments.num_speculative_tokens
@@ -33,17 +35,21 @@ def run(arguments: argparse.Namespace) -> NoReturn | None:
     command = vllm_command(
         profile, model, arguments.host, arguments.port, num_speculative_tokens, capture is not None
     )
-    env = engine_environment(profile, capture=capture)
-    added = added_environment(profile, capture)
+    record = (arguments.load_record or load_record_path(arguments.port)).resolve()
+    env = engine_environment(profile, capture=capture, load_record=record)
+    added = added_environment(profile, capture, record)
     shown = [f"{name}={value}" for name, value in sorted(added.items())]
     if not arguments.dry_run:
         if capture is not None:
             prepare_capture(capture)
+        check_port(arguments.host, arguments.port)
         check_checkpoint(model, num_speculative_tokens)
         check_engine()
+        prepare_record(record)
     print(shlex.join(shown + command), flush=True)
     if arguments.dry_run:
         return None
+    start_summary(record, model, arguments.host, arguments.port)
     os.execve(command[0], command, env)
 
 
@@ -64,6 +70,41 @@ def prepare_capture(folder: Path) -> None:
         raise ConfigError(f"--capture {folder}: {error.strerror}") from error
 
 
+def check_port(host: str, port: int) -> None:
+    """Refuse a port that another server has, whose answers would be taken for the engine's.
+
+    Raises:
+        ConfigError: nothing can listen there.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address, family=family).close()
+    except OSError as error:
+        raise ConfigError(f"--host {host} --port {port}: {error.strerror}") from error
+
+
+def prepare_record(path: Path) -> None:
+    """Make the folder of the load record; what an earlier start wrote is removed.
+
+    Raises:
+        ConfigError: it cannot be written there.
+    """
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--load-record: {path}: {error.strerror}") from error
+
+
+def start_summary(record: Path, model: Path, host: str, port: int) -> None:
+    """Let `serve.summary` print what was loaded when this process, as the engine, answers."""
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    reached = f"[{reached}]" if ":" in reached else reached
+    command = [sys.executable, "-m", "serve.summary", str(record), "--model", str(model)]
+    command += ["--url", f"http://{reached}:{port}", "--pid", str(os.getpid())]
+    subprocess.run(command, cwd=REPOSITORY, check=True)
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line; a bad value ends with exit status 2."""
     parser = argparse.ArgumentParser(prog="python -m serve", description=__doc__)
@@ -81,6 +122,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     run_parser.add_argument(
         "--capture", type=Path, metavar="DIR", help="let `retrofit capture` record calibration rows"
+    )
+    run_parser.add_argument(
+        "--load-record", type=Path, metavar="FILE", help="where the engine writes what it loaded"
     )
     run_parser.add_argument("--dry-run", action="store_true", help="print the command only")
     plan_parser = commands.add_parser("plan", help="memory of a profile; nothing is loaded")

@@ -1,6 +1,7 @@
 """Environment variables: the only file that reads them, and what vLLM is started with."""
 
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,11 +9,15 @@ from serve.errors import ConfigError
 from serve.profiles import Device, Profile
 
 PLUGIN = "dsv4_maxq"
+LOAD_RECORD = "DSV4_LOAD_RECORD"  # read by the plugin, see kernels/load_record.py
 CAPTURE_DIR = "DSV4_CAPTURE_DIR"  # read by the plugin, see kernels/capture.py
 
 
 def engine_environment(
-    profile: Profile, base: Mapping[str, str] | None = None, capture: Path | None = None
+    profile: Profile,
+    base: Mapping[str, str] | None = None,
+    capture: Path | None = None,
+    load_record: Path | None = None,
 ) -> dict[str, str]:
     """Return the environment of the vLLM process: `base` and what the profile adds.
 
@@ -24,10 +29,12 @@ def engine_environment(
     plugins = env.get("VLLM_PLUGINS")
     if plugins is not None and PLUGIN not in plugins.split(","):
         raise ConfigError(f"VLLM_PLUGINS = {plugins!r}; must include {PLUGIN}, or be unset")
-    return env | added_environment(profile, capture)
+    return env | added_environment(profile, capture, load_record)
 
 
-def added_environment(profile: Profile, capture: Path | None = None) -> dict[str, str]:
+def added_environment(
+    profile: Profile, capture: Path | None = None, load_record: Path | None = None
+) -> dict[str, str]:
     """Return the variables that the profile sets, whatever the caller's environment says."""
     added = {"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if profile.device is Device.CPU:
@@ -36,6 +43,15 @@ def added_environment(profile: Profile, capture: Path | None = None) -> dict[str
             "VLLM_CPU_KVCACHE_SPACE": str(profile.cpu_kv_cache_gib),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other processes share the cores
         }
+    if load_record is not None:
+        added[LOAD_RECORD] = str(load_record.resolve())
     if capture is not None:
         added[CAPTURE_DIR] = str(capture.resolve())
     return added
+
+
+def load_record_path(port: int) -> Path:
+    """Where the engine says what it loaded: the variable's path, or one for each port."""
+    if given := os.environ.get(LOAD_RECORD):
+        return Path(given)
+    return Path(tempfile.gettempdir()) / f"dsv4-maxq-{os.getuid()}" / f"load-{port}.json"

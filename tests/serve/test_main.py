@@ -1,6 +1,8 @@
 import importlib.metadata
 import os
+import socket
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,22 @@ RUN = ["run", "--profile", "cpu-tiny"]
 
 
 @pytest.fixture
-def started(monkeypatch):
+def started(monkeypatch, summaries):
     """Collects what would have replaced this process."""
     calls = []
     monkeypatch.setattr(os, "execve", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(cli, "check_port", lambda host, port: None)  # 8000 may be in use
     return calls
+
+
+@pytest.fixture
+def summaries(monkeypatch, tmp_path):
+    """Collects the commands that would print what was loaded."""
+    commands = []
+    monkeypatch.setattr(cli.subprocess, "run", lambda command, **_: commands.append(command))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("DSV4_LOAD_RECORD", raising=False)
+    return commands
 
 
 @pytest.fixture
@@ -157,3 +170,82 @@ def test_capture_shows_its_folder_in_a_dry_run_and_makes_none(started, tmp_path,
     assert cli.main([*RUN, "--dry-run", "--capture", str(tmp_path / "rows")]) == 0
     assert f"DSV4_CAPTURE_DIR={tmp_path / 'rows'}" in capsys.readouterr().out
     assert not (tmp_path / "rows").exists()
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    monkeypatch.setattr(cli, "check_engine", lambda: None)
+
+
+@pytest.mark.parametrize("source", ["option", "variable", "port"])
+def test_the_engine_and_the_summary_share_a_record(
+    started, summaries, checked, checkpoint, tmp_path, monkeypatch, source
+):
+    record = tmp_path / "records" / "load.json"
+    options = [*RUN, "--model", str(checkpoint), "--port", "8123", "--host", "0.0.0.0"]
+    if source == "option":
+        options += ["--load-record", str(record)]
+    elif source == "variable":
+        monkeypatch.setenv("DSV4_LOAD_RECORD", str(record))
+    else:
+        record = tmp_path / f"dsv4-maxq-{os.getuid()}" / "load-8123.json"
+    record.parent.mkdir()
+    record.write_text("of an earlier start")
+    assert cli.main(options) == 0
+    [(_, _, env)] = started
+    [command] = summaries
+    assert env["DSV4_LOAD_RECORD"] == str(record)
+    assert not record.exists()
+    assert command[:4] == [sys.executable, "-m", "serve.summary", str(record)]
+    assert command[command.index("--url") + 1] == "http://127.0.0.1:8123"
+    assert command[command.index("--pid") + 1] == str(os.getpid())
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8123"),
+        ("0.0.0.0", "http://127.0.0.1:8123"),
+        ("::", "http://[::1]:8123"),
+        ("fd00::1", "http://[fd00::1]:8123"),
+        ("example.org", "http://example.org:8123"),
+    ],
+)
+def test_the_summary_asks_where_the_engine_listens(summaries, host, url):
+    cli.start_summary(Path("load.json"), Path("/model"), host, 8123)
+    [command] = summaries
+    assert command[command.index("--url") + 1] == url
+
+
+def test_a_record_that_cannot_be_written_is_exit_status_2(
+    started, checked, checkpoint, tmp_path, capsys
+):
+    (tmp_path / "file").write_text("")
+    record = tmp_path / "file" / "load.json"
+    assert cli.main([*RUN, "--model", str(checkpoint), "--load-record", str(record)]) == 2
+    assert f"--load-record: {record}: File exists" in capsys.readouterr().err
+    assert started == []
+
+
+def test_a_dry_run_makes_no_record_and_no_summary(started, summaries, tmp_path, capsys):
+    record = tmp_path / "records" / "load.json"
+    assert cli.main([*RUN, "--dry-run", "--load-record", str(record)]) == 0
+    assert f"DSV4_LOAD_RECORD={record}" in capsys.readouterr().out
+    assert summaries == []
+    assert not record.parent.exists()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_a_port_in_use_is_exit_status_2_and_leaves_the_other_s_record(
+    summaries, checked, checkpoint, tmp_path, capsys, host
+):
+    record = tmp_path / "load.json"
+    record.write_text("of the server that runs")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        options = [*RUN, "--model", str(checkpoint), "--host", host, "--port", str(port)]
+        assert cli.main([*options, "--load-record", str(record)]) == 2
+    assert f"--host {host} --port {port}: Address already in use" in capsys.readouterr().err
+    assert record.exists()
+    assert summaries == []
+    cli.check_port(host, port)
