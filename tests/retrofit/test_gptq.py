@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from retrofit import gptq
+from retrofit import experts, gptq
 from retrofit.experts import (
     Expert,
     Method,
@@ -117,6 +117,9 @@ def test_searched_scales_are_at_least_as_good_and_zero_groups_have_scale_one():
     assert (per_group[0] <= per_group[1] * 1.0001).all()
     assert per_group[0].sum() < 0.95 * per_group[1].sum()
     assert absmax[3, 0] == 1
+    assert (searched > 0).all()
+    codes = gptq.round_to_nearest(weight, searched)
+    assert (codes[3, :128] == 0).all()
 
 
 def test_what_cannot_be_solved_is_refused():
@@ -170,6 +173,25 @@ def test_never_worse_than_rounding_on_held_out_rows(rows):
         assert choice.num_rows == rows
         assert choice.num_held_out_rows == held_out_mask(rows, SETTINGS).sum() > 0
         assert choice.error <= choice.rtn_error
+
+
+def test_rounding_is_kept_where_gptq_is_worse_on_held_out_rows():
+    """The rows that are fitted lie near 16 directions, the held-out ones anywhere."""
+    expert = make_expert(430)
+    mask = held_out_mask(430, SETTINGS)
+    rows = expert.rows.clone()
+    generator = torch.Generator().manual_seed(7)
+    rows[mask] = torch.randn(int(mask.sum()), IN, generator=generator).bfloat16()
+    strange = replace(expert, rows=rows)
+    result = quantize_experts([strange], Sample(rows[~mask]), replace(SETTINGS, blends=()))[0]
+    for name in ("w1", "w3"):
+        choice = result[name].choice
+        assert choice.method in (Method.RTN, Method.RTN_MSE)
+        assert choice.error <= choice.rtn_error
+        scale = gptq.absmax_scale(expert.weights[name])
+        rounded = gptq.dequantize(gptq.round_to_nearest(expert.weights[name], scale), scale)
+        measured = gptq.output_error(expert.weights[name], rounded, rows[mask])
+        assert choice.rtn_error == pytest.approx(measured, rel=1e-6)
 
 
 def test_many_rows_take_gptq_and_it_is_clearly_better():
@@ -240,6 +262,26 @@ def test_w2_is_fitted_to_the_inputs_that_quantized_w1_and_w3_give():
     damping = result["w2"].choice.percdamp
     codes = gptq.quantize(weight, gptq.damped(hessian, damping)[None], scale[None])[0]
     assert torch.equal(codes, result["w2"].codes)
+
+
+def test_few_rows_of_w2_are_blended_at_their_own_size():
+    """Hessians are quadratic in the route weight: all tokens get its root mean square."""
+    route = torch.tensor([0.0, 2.0]).repeat(50)
+    expert = replace(make_expert(100), route=route)
+    sample = low_rank_rows(300, 99)
+    done = solve(expert)
+    problem = experts._second(expert, done, Sample(sample), SETTINGS)
+    gate, up = (gptq.product(sample, done[name].values()) for name in ("w1", "w3"))
+    inner = swiglu(gate, up, 10.0).bfloat16().float() * 2**0.5
+    torch.testing.assert_close(problem.shared.rows, inner.bfloat16(), rtol=2**-7, atol=0)
+
+
+def test_the_clamp_is_the_models():
+    """The gate is cut above only, the other factor on both sides; no limit, no clamp."""
+    gate, up = torch.tensor([20.0, -20.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, -20.0, 20.0])
+    silu = torch.nn.functional.silu(torch.tensor([10.0, -20.0, 1.0, 1.0]))
+    assert torch.equal(swiglu(gate, up, 10.0), silu * torch.tensor([1.0, 1.0, -10.0, 10.0]))
+    assert torch.equal(swiglu(gate, up, None), torch.nn.functional.silu(gate) * up)
 
 
 @pytest.mark.parametrize(
