@@ -20,7 +20,7 @@ def int4_group_size(model: nn.Module) -> int | None:
         RuntimeError: layers differ.
     """
     methods = (getattr(module, "quant_method", None) for module in model.modules())
-    sizes = {method.group_size for method in methods if hasattr(method, "group_size")}
+    sizes = {size for method in methods if (size := getattr(method, "group_size", None))}
     if len(sizes) > 1:
         raise RuntimeError(f"strict load: INT4 experts with group_size {sorted(sizes)}; must agree")
     return next(iter(sizes), None)

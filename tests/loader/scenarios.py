@@ -68,6 +68,7 @@ class Scenario:
     layout: dict[str, Any] = field(default_factory=dict)
     targets: str = "wide"  # or native, literal; deepseek is FP8 and FP4 as first published
     ignore: tuple[str, ...] = ()
+    group_size: int | None = None  # of the INT4 experts, as the config says; None leaves 128
     unlisted: str | None = None  # text in the names that the index leaves out
 
 
@@ -219,6 +220,13 @@ def resize(text: str, *, out: float = 1, cut: float = 1) -> Edit:
     return edit
 
 
+def scales_in_groups_of_64(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """The experts' scales, each twice."""
+    if ".experts." in name and name.endswith(".weight_scale"):
+        tensor = tensor.repeat_interleave(2, dim=1)
+    return [(name, tensor)]
+
+
 BOTH = ("target", "draft")
 SCENARIOS: dict[str, Scenario] = {
     "A wide regexes, BF16 compressor": Scenario(BOTH),
@@ -293,6 +301,14 @@ SCENARIOS: dict[str, Scenario] = {
         ),
     ),
     "no two values alike": Scenario(BOTH, edit=both(aliases, distinct)),
+    "INT4 in groups of 64": Scenario(BOTH, edit=scales_in_groups_of_64, group_size=64),
+    "MTP in groups of 128, the config says 64": Scenario(
+        BOTH,
+        edit=lambda name, tensor: (
+            [(name, tensor)] if name.startswith("mtp.") else scales_in_groups_of_64(name, tensor)
+        ),
+        group_size=64,
+    ),
     "MTP scales of groups twice as wide": Scenario(
         edit=in_head(resize(".w2.weight_scale", cut=0.5))
     ),
@@ -351,6 +367,8 @@ def set_targets(config: dict[str, Any], scenario: Scenario) -> None:
         shared = [f"{block}.ffn.shared_experts.{w}" for block in blocks for w in EXPERT_NAMES]
         quantization["ignore"] += [*shared, "mtp.0.e_proj", "mtp.0.h_proj"]
     quantization["ignore"] += scenario.ignore
+    if scenario.group_size is not None:
+        groups["experts"]["weights"]["group_size"] = scenario.group_size
 
 
 @cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch import nn
 from kernels.formats import quantize_fp8_block
 from kernels.full_sizes import FullSizes
 from kernels.loading import Part, StrictLoader, Unit, as_stored, canonical_name, is_mtp_name
+from kernels.loading_vllm import int4_group_size
 from serve.shapes import checkpoint_tensors, flash_config
 
 BLOCK = "model.layers.4.mtp_block."
@@ -323,3 +326,18 @@ def test_a_parameter_of_which_the_config_knows_nothing_is_refused():
     names = ["model.layers.1.ffn.gate.bias_vl"]
     with pytest.raises(ValueError, match=r"no size for 1 tensors: layers\.1\.ffn\.gate\.bias_vl$"):
         StrictLoader(Model(names), Part.TARGET, 2, sizes=SIZES)
+
+
+def with_group_sizes(*sizes: int | None) -> nn.Module:
+    """A model whose layers have quantization methods of these group sizes; None has none."""
+    layers = nn.ModuleList(nn.Module() for _ in sizes)
+    for layer, size in zip(layers, sizes, strict=True):
+        layer.quant_method = SimpleNamespace(group_size=size)
+    return layers
+
+
+def test_the_engine_s_group_size_is_one():
+    assert int4_group_size(with_group_sizes(None, 64, 64)) == 64
+    assert int4_group_size(with_group_sizes(None)) is None
+    with pytest.raises(RuntimeError, match=r"group_size \[64, 128\]; must agree"):
+        int4_group_size(with_group_sizes(128, None, 64))

@@ -110,6 +110,12 @@ EXPECTED: dict[str, dict[str, str | None]] = {
         r"\(\[8064, 128\], must be \[8192, 128\]\)$"
     },
     "no two values alike": {"target": COMPLETE, "draft": COMPLETE},
+    "INT4 in groups of 64": {"target": COMPLETE, "draft": COMPLETE},
+    "MTP in groups of 128, the config says 64": {
+        "target": COMPLETE,
+        "draft": HEAD + r"12 of a wrong size: mtp\.0\.ffn\.experts\.0\.w1\.weight_scale "
+        r"\(\[256, 2\], must be \[256, 4\]\)",
+    },
     "MTP scales of groups twice as wide": {
         "draft": HEAD + r"4 of a wrong size: mtp\.0\.ffn\.experts\.0\.w2\.weight_scale "
         r"\(\[256, 1\], must be \[256, 2\]\)"
