@@ -581,7 +581,7 @@ def test_calibration_rows_come_back_by_expert_and_resume_where_they_stopped(tmp_
     for start in range(0, 230, 23):
         assert writer.append(*(t[start : start + 23] for t in (hidden, ids, weights)))
     writer.flush(prompts=10)
-    writer.append(hidden[:50], ids[:50], weights[:50])  # not flushed: a killed run
+    writer.append(hidden[:150], ids[:150], weights[:150])  # a file, and no meta.json: a killed run
     again = CalibrationWriter(folder, 10**9, rows_per_file=100)
     assert (again.num_rows, again.meta["prompts"]) == (230, 10)
     again.append(hidden[230:], ids[230:], weights[230:])
