@@ -237,8 +237,9 @@ def test_a_dry_run_makes_no_record_and_no_summary(started, summaries, tmp_path, 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 def test_a_port_in_use_is_exit_status_2_and_leaves_the_other_s_record(
-    summaries, checked, checkpoint, tmp_path, capsys, host
+    summaries, checked, checkpoint, tmp_path, capsys, monkeypatch, host
 ):
+    monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("the engine was started"))
     record = tmp_path / "load.json"
     record.write_text("of the server that runs")
     with socket.create_server(("127.0.0.1", 0)) as other:
