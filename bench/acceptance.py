@@ -47,8 +47,8 @@ class AcceptanceConfig:
 
     profile: str = "cpu-tiny"
     model: Path = REPOSITORY / "tiny" / "checkpoint"
-    prompts: Path = REPOSITORY / "tiny" / "heldout.jsonl"
-    runs: int = 8
+    prompts: Path = REPOSITORY / "tiny" / "acceptance.jsonl"
+    runs: int = 24
     prompts_per_run: int = 8
     max_tokens: int = 96
     calibration_prompts: int = 256

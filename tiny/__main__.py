@@ -1,4 +1,4 @@
-"""`python -m tiny corpus | tokenizer | train | export | eval | info`."""
+"""`python -m tiny corpus | tokenizer | prompts | train | export | eval | info`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def parser() -> argparse.ArgumentParser:
     words = commands.add_parser("tokenizer", help="train the tokenizer, write held-out prompts")
     words.add_argument("--out", type=Path, default=CHECKPOINT)
     words.add_argument("--heldout", type=Path, default=HERE)
+
+    prompts = commands.add_parser("prompts", help="draw more held-out prompts, apart from those")
+    prompts.add_argument("--out", type=Path, required=True)
+    prompts.add_argument("--count", type=int, default=192)
+    prompts.add_argument("--seed", type=int, default=1)
 
     train = commands.add_parser("train", help="train, export and evaluate")
     _add_train_options(train)
@@ -94,6 +99,18 @@ def run_tokenizer(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_prompts(options: argparse.Namespace) -> int:
+    from tiny import corpus, data, tokenizer
+
+    lines = (HERE / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
+    known = [json.loads(line)["text"] for line in lines]
+    words = tokenizer.load(CHECKPOINT)
+    drawn = data.draw_prompts(corpus.load(), words, options.count, options.seed, known)
+    data.write_prompts(drawn, options.out, options.out.stem)
+    print(f"{len(drawn)} prompts in {options.out}")
+    return 0
+
+
 def run_train(options: argparse.Namespace) -> int:
     from tiny.train import TrainConfig, run
 
@@ -141,6 +158,7 @@ def run_info(options: argparse.Namespace) -> int:
 COMMANDS = {
     "corpus": run_corpus,
     "tokenizer": run_tokenizer,
+    "prompts": run_prompts,
     "train": run_train,
     "export": run_export,
     "eval": run_eval,

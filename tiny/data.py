@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tiny.corpus import Document, sentences
 from tiny.tokenizer import chat_exchange
 
 CHAT_ROW = 512
+SHARED = 60  # characters that make a passage; held-out prompts are longer
 OPENERS = (
     "Tell me a story.",
     "Hello.",
@@ -116,29 +118,55 @@ def chat_exchanges(documents: list[Document], seed: int = 0) -> list[str]:
     return exchanges
 
 
-def write_heldout(
-    documents: list[Document], tokenizer: Tokenizer, folder: Path, count: int = 64, seed: int = 0
-) -> None:
-    """Write `heldout.jsonl` (prompts of 40 to 200 tokens) and `heldout.txt` (about 60 KB).
+def draw_prompts(
+    documents: list[Document],
+    tokenizer: Tokenizer,
+    count: int,
+    seed: int,
+    others: Sequence[str] = (),
+) -> list[str]:
+    """Held-out prompts of 40 to 200 tokens that share no passage with each other or `others`.
 
-    Three quarters of the prompts come from the held-out novel, the rest from the held-out books
-    of the Bible; each starts at a sentence and ends wherever its length falls.
+    Three quarters come from the held-out novel, the rest from the held-out books of the Bible;
+    each starts at a sentence and ends wherever its length falls.
     """
     rng = random.Random(seed)
     held = [d for d in documents if d.held_out]
     novels = [s for p in held[0].text.split("\n\n") for s in sentences(p)]
     books = [s for d in held[1:] for p in d.text.split("\n\n") for s in sentences(p)]
-    lines = []
-    for i in range(count):
-        pool = novels if i % 4 else books
+    taken = [" ".join(text.split()) for text in others]
+    drawn: list[str] = []
+    while len(drawn) < count:
+        pool = novels if len(drawn) % 4 else books
         start = rng.randrange(len(pool) - 60)
         encoded = tokenizer.encode(" ".join(pool[start : start + 60]), add_special_tokens=False)
         text = tokenizer.decode(encoded.ids[: rng.randint(40, 200)]).rstrip()
-        lines.append(json.dumps({"id": f"heldout-{i:02d}", "text": text}, ensure_ascii=False))
-    (folder / "heldout.jsonl").write_text("\n".join(lines) + "\n")
-    text = held[0].text
+        flat = " ".join(text.split())
+        if others and any(_overlap(flat, other) for other in taken):
+            continue
+        taken.append(flat)
+        drawn.append(text)
+    return drawn
+
+
+def _overlap(a: str, b: str) -> bool:
+    """Whether both have a passage of SHARED characters: one's start or end is in the other."""
+    short = min(len(a), len(b), SHARED)
+    return any(x[:short] in y or x[-short:] in y for x, y in ((a, b), (b, a)))
+
+
+def write_heldout(documents: list[Document], tokenizer: Tokenizer, folder: Path) -> None:
+    """Write `heldout.jsonl` (64 prompts) and `heldout.txt` (about 60 KB)."""
+    write_prompts(draw_prompts(documents, tokenizer, 64, 0), folder / "heldout.jsonl", "heldout")
+    text = next(d for d in documents if d.held_out).text
     start = text.index("\n\n", 60_000) + 2
     (folder / "heldout.txt").write_text(text[start : text.index("\n\n", start + 60_000)] + "\n")
+
+
+def write_prompts(texts: Sequence[str], path: Path, name: str) -> None:
+    """One JSON object with `id` (NAME-00, ...) and `text` a line."""
+    lines = [{"id": f"{name}-{i:02d}", "text": text} for i, text in enumerate(texts)]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def read_prompts(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
