@@ -13,6 +13,8 @@ from scripts import make_full_size
 from scripts.make_full_size import INDEX, FullSizeConfig, make, model_config
 from serve.checkpoint import check_checkpoint
 from serve.shapes import checkpoint_tensors, flash_config
+from tiny import generate
+from tiny import load as plain_model
 
 SMALL = {
     "hidden_size": 512,
@@ -81,6 +83,25 @@ def test_quantized_weights_keep_the_size_of_their_input(tensors):
         else:
             continue
         assert weight.std() * weight.shape[1] ** 0.5 == pytest.approx(1, abs=0.05), name
+
+
+def test_int4_weights_have_no_mean(tensors):
+    """A mean is a common part of all outputs; it hides the rest at real sizes."""
+    stems = [name.removesuffix(".weight_packed") for name in tensors if "weight_packed" in name]
+    for stem in stems:
+        parts = (tensors[f"{stem}.weight_{leaf}"] for leaf in ("packed", "scale", "shape"))
+        weight = dequantize_int4(*parts)
+        assert abs(weight.mean()) < 0.02 * weight.std(), stem
+
+
+def test_an_intact_model_answers_the_next_token_and_its_head_drafts_it(tmp_path):
+    """Through all layers of the plain model, wide enough that a common part would win."""
+    wide = {"hidden_size": 2048, "vocab_size": 4096, "n_routed_experts": 4}
+    make(tmp_path, OPTIONS, BASE | wide)
+    model = plain_model.load(tmp_path)
+    prompts = [[3000, 7, 1000, 11], [9, 2, 2000]]
+    assert generate.greedy(model, prompts, 3, torch.float32) == [[12, 13, 14], [2001, 2002, 2003]]
+    assert generate.acceptance(model, prompts, 1, 2, torch.float32).acceptance_rate == 1
 
 
 def test_the_head_answers_the_next_token(tensors):
