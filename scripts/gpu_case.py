@@ -23,6 +23,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from scripts import jit_workers  # noqa: E402
+
 SCHEMA_VERSION = 1
 PROMPT_TOKENS = (1, 127, 128, 129, 600, 2300)  # around the window, and beyond the indexer's top-k
 OUTPUT_TOKENS = 48
@@ -291,6 +294,7 @@ def run_case(
 
     case = CASES[name]
     start = time.perf_counter()
+    jit_workers.install(max(1, (os.cpu_count() or 1) // (2 + len(beside))))
     llm = start_engine(case, checkpoint)
     result: dict[str, Any] = {
         "error": None,
@@ -360,5 +364,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     sys.exit(main())

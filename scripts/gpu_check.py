@@ -25,11 +25,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from scripts.gpu_case import CASES, LAYER_KINDS, LONG_PROMPT_TOKENS  # noqa: E402
+from tiny.config import TinyConfig  # noqa: E402
+from tiny.export import repeat_index_heads  # noqa: E402
 
 CASE_SCRIPT = ROOT / "scripts" / "gpu_case.py"
 ENTRY_POINT = "[vllm.general_plugins]\ndsv4_maxq = kernels.plugin:register\n"
 CPU_TOLERANCE = 0.03  # of the acceptance rate, between two devices
 DEADLINE_STATUS = 124
+INDEX_HEADS = 8  # the fewest that vLLM's fused indexer kernel takes
 
 
 # ------------------------------------------------------------------------------------- judging
@@ -155,6 +158,9 @@ def run(
 ) -> int:
     """Run cases, `together` at a time; 1 if one failed."""
     out.mkdir(parents=True, exist_ok=True)
+    if any(CASES[name].tiny for name in names):
+        tiny, source = out / "tiny", tiny
+        repeat_index_heads(source, tiny, INDEX_HEADS // TinyConfig.load(source).index_n_heads)
     statuses = [
         status
         for i in range(0, len(names), together)

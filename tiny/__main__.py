@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--experts", choices=["fp4", "w4a16"], default="fp4")
     export.add_argument("--shuffle-mtp-experts", action="store_true", help="negative control")
     export.add_argument("--seed", type=int, default=0)
+    export.add_argument("--repeat-index-heads", type=int, metavar="N", help="wider, the same model")
 
     evaluate = commands.add_parser("eval", help="acceptance of the MTP head on held-out prompts")
     evaluate.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
@@ -127,6 +128,8 @@ def run_export(options: argparse.Namespace) -> int:
 
     if options.shuffle_mtp_experts:
         export.shuffle_mtp_experts(options.checkpoint, options.out, options.seed)
+    elif options.repeat_index_heads:
+        export.repeat_index_heads(options.checkpoint, options.out, options.repeat_index_heads)
     else:
         layout = export.Layout.W4A16 if options.experts == "w4a16" else export.Layout.ORIGINAL
         model = load.load(options.checkpoint)

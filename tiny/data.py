@@ -15,6 +15,7 @@ from tiny.corpus import Document, sentences
 from tiny.tokenizer import chat_exchange
 
 CHAT_ROW = 512
+TRIES = 50  # draws for each held-out prompt
 SHARED = 60  # characters that make a passage; held-out prompts are longer
 OPENERS = (
     "Tell me a story.",
@@ -129,6 +130,9 @@ def draw_prompts(
 
     Three quarters come from the held-out novel, the rest from the held-out books of the Bible;
     each starts at a sentence and ends wherever its length falls.
+
+    Raises:
+        ValueError: the held-out text has no room for that many.
     """
     rng = random.Random(seed)
     held = [d for d in documents if d.held_out]
@@ -136,7 +140,7 @@ def draw_prompts(
     books = [s for d in held[1:] for p in d.text.split("\n\n") for s in sentences(p)]
     taken = [" ".join(text.split()) for text in others]
     drawn: list[str] = []
-    while len(drawn) < count:
+    for _ in range(TRIES * count):
         pool = novels if len(drawn) % 4 else books
         start = rng.randrange(len(pool) - 60)
         encoded = tokenizer.encode(" ".join(pool[start : start + 60]), add_special_tokens=False)
@@ -146,7 +150,9 @@ def draw_prompts(
             continue
         taken.append(flat)
         drawn.append(text)
-    return drawn
+        if len(drawn) == count:
+            return drawn
+    raise ValueError(f"prompts: {len(drawn)} of {count} found in {TRIES * count} tries")
 
 
 def _overlap(a: str, b: str) -> bool:

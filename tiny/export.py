@@ -222,6 +222,32 @@ def shuffle_mtp_experts(src: Path, dst: Path, seed: int = 0) -> None:
     replace_folder(temporary, dst)
 
 
+def repeat_index_heads(src: Path, dst: Path, times: int) -> None:
+    """Copy a checkpoint with every indexer head there `times` times: the same model, wider.
+
+    Scores of all keys grow by the same factor, so the same ones are selected. vLLM's fused kernel
+    on NVIDIA wants a multiple of 8 heads. Works on both layouts; `dst` is replaced when it exists.
+    """
+    temporary = dst.with_name(dst.name + ".tmp")
+    remove_folder(temporary)
+    shutil.copytree(src, temporary)
+    total = 0
+    for shard in sorted(set(read_index(src).values())):
+        tensors = load_file(src / shard)
+        for name, tensor in tensors.items():
+            if re.search(r"\.indexer\.(wq_b|weights_proj)\.", name):  # a head is an FP8 block
+                tensors[name] = torch.cat([tensor] * times)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        _save(tensors, temporary / shard)
+    index = json.loads((src / INDEX).read_text())
+    index["metadata"]["total_size"] = total
+    (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    settings = json.loads((src / "config.json").read_text())
+    settings["index_n_heads"] *= times
+    (temporary / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    replace_folder(temporary, dst)
+
+
 def _shuffled_name(name: str, order: dict[str, list[int]]) -> str:
     found = re.match(r"(mtp\.0\.ffn\.experts\.)(\d+)\.(w[123])\.(.*)", name)
     if not found:

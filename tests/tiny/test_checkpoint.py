@@ -179,6 +179,24 @@ def test_shuffling_moves_every_mtp_expert_and_nothing_else(random_checkpoint, tm
     load.load(shuffled)
 
 
+@pytest.mark.parametrize("layout", Layout)
+def test_repeating_the_index_heads_keeps_the_model(layout, tmp_path):
+    """Scores of all keys grow by the same factor, sqrt(2), which selects the same ones."""
+    export.export(load.load(CHECKPOINT), tmp_path / "model", layout, tokenizer=CHECKPOINT)
+    export.repeat_index_heads(tmp_path / "model", tmp_path / "wide", 2)
+    models = [load.load(tmp_path / name) for name in ("model", "wide")]
+    assert [model.config.index_n_heads for model in models] == [4, 8]
+    x = torch.randn(1, 48, HIDDEN, generator=torch.Generator().manual_seed(0))
+    latent, positions = x[..., :128], torch.arange(48)
+    scores = []
+    for model in models:
+        attn = model.layers[1].attn
+        scores.append(attn.indexer(x, latent, positions, attn.rope, True))
+    assert torch.allclose(scores[1], scores[0] * 2**0.5, rtol=1e-5, atol=1e-5)
+    tokens = torch.arange(100, 148)[None]
+    assert torch.equal(*(model(tokens, torch.float32) for model in models))
+
+
 @pytest.fixture
 def broken(random_checkpoint, tmp_path):
     folder = tmp_path / "broken"

@@ -71,6 +71,35 @@ def test_heldout_prompts_are_64_and_short(words):
     assert len(words.encode((HERE / "heldout.txt").read_text()).ids) > 4000
 
 
+def test_more_heldout_prompts_share_no_passage_with_others(words):
+    books = [
+        corpus.Document(
+            title, "".join(f"{title} had {i} sheep, {i * i} in all. " for i in range(900))
+        )
+        for title in corpus.HELD_OUT[:2]
+    ]
+    known = data.draw_prompts(books, words, 8, seed=0)
+    drawn = data.draw_prompts(books, words, 16, seed=1, others=known)
+    passages = [
+        {flat[i : i + data.SHARED] for i in range(len(flat) - data.SHARED)}
+        for flat in (" ".join(text.split()) for text in [*known, *drawn])
+    ]
+    for i, mine in enumerate(passages[8:], 8):
+        assert not any(mine & other for other in passages[:i])
+    assert data.draw_prompts(books, words, 16, seed=1, others=known) == drawn
+    with pytest.raises(ValueError, match="of 600 found"):
+        data.draw_prompts(books, words, 600, seed=1, others=known)
+
+
+def test_the_prompts_of_the_acceptance_measurement_are_fresh():
+    files = ("heldout.jsonl", "acceptance.jsonl")
+    known, fresh = ([json.loads(x)["text"] for x in (HERE / f).open()] for f in files)
+    assert len(fresh) == len(set(fresh)) == 192
+    assert not any(
+        a[i : i + 60] in b for a in known for b in fresh for i in range(0, len(a) - 60, 30)
+    )
+
+
 def r_string_vector(strings):
     body = b"X\n" + struct.pack(">iiii", 3, 0, 0, 5) + b"UTF-8"
     body += struct.pack(">ii", 16, len(strings))

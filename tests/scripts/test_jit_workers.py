@@ -1,0 +1,83 @@
+"""Kernels compiled by processes beside vLLM; a file stands in for TileLang's cache on disk."""
+
+from __future__ import annotations
+
+import textwrap
+
+import pytest
+
+from scripts import jit_workers
+
+KERNEL = """
+import os, pathlib, time
+CACHE = pathlib.Path(os.environ["FAKE_CACHE"])
+class Kernel:
+    SECONDS = 0.3
+    def compile(self, key):
+        path = CACHE / key
+        if path.exists():
+            return
+        if key == "broken" and "MAIN" not in os.environ.get("FAKE_ROLE", ""):
+            raise RuntimeError("no such kernel")
+        time.sleep(self.SECONDS)
+        path.write_text(str(os.getpid()))
+"""
+
+
+@pytest.fixture
+def kernel(tmp_path, monkeypatch):
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "fake_kernel.py").write_text(textwrap.dedent(KERNEL))
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(package))
+    monkeypatch.setenv("FAKE_CACHE", str(cache))
+    monkeypatch.syspath_prepend(str(package))
+    monkeypatch.setattr(jit_workers, "SLOW_S", 0.1)
+    monkeypatch.delitem(__import__("sys").modules, "fake_kernel", raising=False)
+    import fake_kernel
+
+    return fake_kernel.Kernel()
+
+
+def compiled_by(tmp_path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in (tmp_path / "cache").iterdir()}
+
+
+def test_after_a_slow_key_the_others_are_compiled_by_workers(kernel, tmp_path):
+    keys = [f"key{i}" for i in range(7)]
+    jit_workers.compile_many(kernel, keys, workers=3)
+    made = compiled_by(tmp_path)
+    assert made.keys() == set(keys)
+    assert len(set(made.values())) == 4  # this process for the first, three for the others
+
+
+def test_keys_in_the_cache_start_no_worker(kernel, tmp_path, monkeypatch):
+    for i in range(5):
+        (tmp_path / "cache" / f"key{i}").write_text("before")
+    monkeypatch.setattr(jit_workers.subprocess, "Popen", None)
+    jit_workers.compile_many(kernel, [f"key{i}" for i in range(5)], workers=3)
+
+
+def test_what_a_worker_could_not_compile_is_left_to_this_process(kernel, tmp_path, monkeypatch):
+    def start(*args, **kwargs):
+        with monkeypatch.context() as here:
+            here.delenv("FAKE_ROLE")
+            return popen(*args, **kwargs)
+
+    popen = jit_workers.subprocess.Popen
+    monkeypatch.setenv("FAKE_ROLE", "MAIN")
+    monkeypatch.setattr(jit_workers.subprocess, "Popen", start)
+    jit_workers.compile_many(kernel, ["key0", "broken", "key1", "key2"], workers=1)
+    assert compiled_by(tmp_path).keys() == {"key0", "broken", "key1", "key2"}
+
+
+def test_vllm_s_warm_up_takes_them(monkeypatch):
+    helper = pytest.importorskip("vllm.model_executor.warmup.jit_warmup_tilelang_helper")
+    seen = []
+    monkeypatch.setattr(helper.VllmTileLangJitKernel, "compile_many", None, raising=False)
+    monkeypatch.setattr(jit_workers, "compile_many", lambda *args: seen.append(args))
+    jit_workers.install(5)
+    helper.VllmTileLangJitKernel.compile_many("kernel", ["key"])
+    assert seen == [("kernel", ["key"], 5)]
