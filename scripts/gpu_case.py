@@ -270,7 +270,8 @@ def measure_heldout(llm: Any, k: int, checkpoint: Path) -> dict[str, Any]:
 
     prompts = data.read_prompts(ROOT / "tiny" / "heldout.jsonl", tokenizer.load(checkpoint))
     before = counters(llm) if k else {}
-    completions, _ = generate(llm, prompts, HELDOUT_OUTPUT_TOKENS)
+    # Without drafts one token more: what the last draft of the others is compared with.
+    completions, _ = generate(llm, prompts, HELDOUT_OUTPUT_TOKENS + (k == 0))
     return {
         "num_prompts": len(prompts),
         "tokens": [list(completion.token_ids) for completion in completions],
