@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from kernels.folder_lock import FolderHeld, check_free
-from serve.checkpoint import check_checkpoint
+from serve.checkpoint import check_checkpoint, read_json
 from serve.command import vllm_command
 from serve.engine import REPOSITORY, check_engine
 from serve.environment import added_environment, engine_environment, load_record_path
 from serve.errors import ConfigError, ServeError
-from serve.plan import run_plan
+from serve.plan import check_split, run_plan
 from serve.profiles import MAX_SPECULATIVE_TOKENS, load_profile, profile_names
 
 
@@ -44,6 +44,8 @@ def run(arguments: argparse.Namespace) -> NoReturn | None:
             prepare_capture(capture)
         check_port(arguments.host, arguments.port)
         check_checkpoint(model, num_speculative_tokens)
+        if profile.tensor_parallel_size > 1:
+            check_split(read_json(model / "config.json"), profile)
         check_engine()
         prepare_record(record)
     print(shlex.join(shown + command), flush=True)

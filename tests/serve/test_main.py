@@ -1,4 +1,5 @@
 import importlib.metadata
+import json
 import os
 import socket
 import sys
@@ -11,6 +12,7 @@ import serve.__main__ as cli
 from kernels.folder_lock import FolderLock
 from serve import engine
 from serve.errors import EngineError
+from serve.shapes import flash_config
 
 RUN = ["run", "--profile", "cpu-tiny"]
 
@@ -104,6 +106,23 @@ def test_a_missing_checkpoint_is_exit_status_3(started, tmp_path, capsys):
     assert printed.err.count("\n") == 1
     assert printed.err.strip().endswith("absent: no such folder")
     assert started == []
+
+
+def test_a_model_that_the_ranks_cannot_share_is_exit_status_3(
+    started, tmp_path, monkeypatch, capsys
+):
+    """vLLM would round the groups of the output projection down, and answer nonsense."""
+    monkeypatch.setattr(cli, "check_checkpoint", lambda *_: None)
+    monkeypatch.setattr(cli, "check_engine", lambda: None)
+    config = flash_config() | {"o_groups": 7}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = ["run", "--profile", "524k", "--model", str(tmp_path)]
+    assert cli.main(arguments) == 3
+    assert "tensor_parallel_size = 2 does not divide o_groups = 7" in capsys.readouterr().err
+    assert started == []
+    (tmp_path / "config.json").write_text(json.dumps(flash_config()))
+    cli.main(arguments)
+    assert len(started) == 1
 
 
 def test_an_unpatched_engine_is_exit_status_4(started, checkpoint, monkeypatch, capsys):
