@@ -212,7 +212,11 @@ def run(
     result = {
         "schema_version": SCHEMA_VERSION,
         "provenance": provenance.collect(REPOSITORY, config.model),
-        "config": {k: _plain(v) for k, v in asdict(config).items() if k not in ("output", "work")},
+        "config": {
+            name: provenance.recorded(value, REPOSITORY)
+            for name, value in asdict(config).items()
+            if name not in ("output", "work")
+        },
         "what_varies_between_runs": "the held-out prompts: each run has its own",
         "interval": f"bootstrap over prompts, {CONFIDENCE:.0%}, {RESAMPLES} resamples",
         "checkpoints": {k: provenance.checkpoint_sha256(v) for k, v in checkpoints.items()},
@@ -257,12 +261,6 @@ def render(result: dict[str, Any]) -> str:
         holds = {True: "yes", False: "**no**"}.get(entry.get("holds"), "")
         lines.append(f"| {name} | {entry['value']:+.4f} | {low:+.4f} to {high:+.4f} | {holds} |")
     return "\n".join(lines)
-
-
-def _plain(value: Any) -> Any:
-    if not isinstance(value, Path):
-        return value
-    return str(value.relative_to(REPOSITORY) if value.is_relative_to(REPOSITORY) else value.name)
 
 
 def parse_config(argv: list[str] | None) -> AcceptanceConfig:

@@ -10,6 +10,7 @@ that, or no drafted token of a head was accepted.
 
 import argparse
 import asyncio
+import os
 import signal
 import sys
 import time
@@ -254,7 +255,9 @@ def run_demo(
     result = {
         "schema_version": SCHEMA_VERSION,
         "provenance": provenance.collect(REPOSITORY, config.model),
-        "config": {key: _plain(value) for key, value in asdict(config).items()},
+        "config": {
+            name: provenance.recorded(value, REPOSITORY) for name, value in asdict(config).items()
+        },
         "checkpoints": {
             name: provenance.checkpoint_sha256(path) for name, path in checkpoints.items()
         },
@@ -282,15 +285,6 @@ def run_demo(
     for variant, differences in compared.items():
         check_differences(variant.name, differences, study.noise, config)
     return result
-
-
-def _plain(value: Any) -> Any:
-    return _relative(value) if isinstance(value, Path) else value
-
-
-def _relative(path: Path) -> str:
-    """Return a path below the repository relative to it: results name no machine's folders."""
-    return str(path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path)
 
 
 def parse_config(argv: list[str] | None) -> DemoConfig:
@@ -337,8 +331,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("demo: interrupted; the server was stopped", file=sys.stderr)
         return 130
-    print(f"{_relative(config.output / 'result.json')} written; "
-          f"{time.monotonic() - start:.0f} s in all")  # fmt: skip
+    written = os.path.relpath(config.output / "result.json")
+    print(f"{written} written; {time.monotonic() - start:.0f} s in all")
     return 0
 
 

