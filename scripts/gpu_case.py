@@ -9,13 +9,16 @@ then measure one at a time, so that compilation overlaps and timings do not.
 from __future__ import annotations
 
 import argparse
+import bisect
 import fcntl
 import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 import traceback
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -208,7 +211,6 @@ def scopes(models: list[Any], decode_tokens: int) -> Iterator[None]:
 
 def profile_steps(llm: Any, k: int, vocab_size: int) -> dict[str, Any]:
     """GPU time by kind of layer, and of the slowest kernels, in decode steps of one request."""
-    import torch
     from torch.profiler import ProfilerActivity, profile
 
     prompts = [prompt_ids(2300, 7, vocab_size)]
@@ -218,19 +220,62 @@ def profile_steps(llm: Any, k: int, vocab_size: int) -> dict[str, Any]:
         profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler,
     ):
         generate(llm, prompts, PROFILE_STEPS * (1 + k))
-    averages = profiler.key_averages()
-    kinds = {
-        event.key: {"calls": event.count, "us_per_call": event.device_time_total / event.count}
-        for event in averages
-        # The profiler has each scope on both sides; the CPU's sums the kernels that it started.
-        if event.device_type == torch.autograd.DeviceType.CPU
-        and event.key.partition("/")[0] in (*LAYER_KINDS.values(), "mtp")
-    }
-    kernels = sorted(averages, key=lambda event: -event.self_device_time_total)[:40]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return read_trace(json.loads(path.read_text(errors="replace"))["traceEvents"])
+
+
+def read_trace(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """GPU time of each scope by the moment at which its kernels were launched.
+
+    `key_averages` would leave out what no operator of PyTorch launched: Triton, TileLang, DeepGEMM.
+
+    Args:
+        events: `traceEvents` of a Chrome trace, times in microseconds.
+    Raises:
+        RuntimeError: no kernel was recorded.
+    """
+    launched_at: dict[int, float] = {}
+    kernels, spans = [], defaultdict(list)
+    for event in events:
+        category, arguments = event.get("cat"), event.get("args", {})
+        if category in ("cuda_runtime", "cuda_driver") and "correlation" in arguments:
+            launched_at.setdefault(arguments["correlation"], event["ts"])
+        elif category in ("kernel", "gpu_memcpy", "gpu_memset"):
+            kernels.append((event["name"], event["dur"], arguments.get("correlation")))
+        elif category == "user_annotation":
+            kind, _, part = event["name"].partition("/")
+            if part and kind in (*LAYER_KINDS.values(), "mtp"):
+                spans[part].append((event["ts"], event["ts"] + event["dur"], event["name"]))
+    if not kernels:
+        raise RuntimeError("the profiler recorded no kernel")
+    calls = Counter(name for rows in spans.values() for _, _, name in rows)
+    inside: Counter[str] = Counter()
+    by_kernel: dict[str, list[float]] = defaultdict(list)
+    starts = {part: [start for start, _, _ in sorted(rows)] for part, rows in spans.items()}
+    ordered = {part: sorted(rows) for part, rows in spans.items()}
+    unplaced = 0.0
+    for name, duration, correlation in kernels:
+        by_kernel[name].append(duration)
+        launch = launched_at.get(correlation)
+        if launch is None:
+            unplaced += duration
+            continue
+        for part, rows in ordered.items():
+            row = bisect.bisect_right(starts[part], launch) - 1
+            if row >= 0 and launch <= rows[row][1]:
+                inside[rows[row][2]] += duration
+    slowest = sorted(by_kernel.items(), key=lambda item: -sum(item[1]))[:40]
     return {
-        "kinds": kinds,
+        "kinds": {
+            name: {"calls": count, "us_per_call": inside[name] / count}
+            for name, count in calls.items()
+        },
+        "us_total": sum(duration for _, duration, _ in kernels),
+        "us_of_unknown_launch": unplaced,
         "kernels": [
-            {"name": e.key[:160], "calls": e.count, "us": e.self_device_time_total} for e in kernels
+            {"name": name[:160], "calls": len(times), "us": sum(times)} for name, times in slowest
         ],
     }
 

@@ -2,12 +2,14 @@
 
 At start vLLM 0.32.0 compiles each specialization of DeepSeek-V4's mHC kernels in one thread, 15 s
 apiece on an H100 host: 35 of `MhcPreBigFuseTileLangKernel` alone. TileLang keeps on disk what it
-compiled, so workers fill that cache and vLLM's own loop then finds it there. A worker that fails
-costs time only: vLLM compiles the key itself. Each worker may hold a CUDA context while it runs.
+compiled, so workers fill that cache and vLLM's own loop then finds it there. They start when the
+model's layers announce their kernels, and work while weights are loaded. A worker that fails costs
+time only: vLLM compiles the key itself. Each worker may hold a CUDA context while it runs.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pickle
 import subprocess
@@ -16,7 +18,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-SLOW_S = 3.0  # a key that took longer was not in TileLang's cache
+SLOW_S = 6.0  # a key that took longer was not in TileLang's cache
 
 
 def compile_many(kernel: Any, keys: Iterable[Any], workers: int) -> None:
@@ -34,6 +36,12 @@ def compile_many(kernel: Any, keys: Iterable[Any], workers: int) -> None:
 
 def compile_beside(kernel: Any, keys: list[Any], workers: int) -> None:
     """Let workers compile the keys, and wait for them."""
+    for worker in start(kernel, keys, workers):
+        worker.wait()
+
+
+def start(kernel: Any, keys: list[Any], workers: int) -> list[subprocess.Popen[bytes]]:
+    """Workers that compile these keys."""
     name = (type(kernel).__module__, type(kernel).__qualname__)
     running = []
     for part in (keys[i::workers] for i in range(workers)):
@@ -43,15 +51,53 @@ def compile_beside(kernel: Any, keys: list[Any], workers: int) -> None:
             worker.stdin.write(pickle.dumps((name, part)))
             worker.stdin.close()
             running.append(worker)
-    for worker in running:
-        worker.wait()
+    return running
+
+
+class Ahead:
+    """Workers that compile what was registered for the warm-up, before it begins.
+
+    Args:
+        workers: how many for one kernel.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self.sent: dict[Any, set[Any]] = {}
+        self.registered: set[tuple[Any, str]] = set()
+        self.running: dict[Any, list[subprocess.Popen[bytes]]] = {}
+
+    def register(self, kernel: Any, *args: Any, **kwargs: Any) -> None:
+        """Start on the keys of one registration; every layer makes much the same."""
+        if (kernel, repr(kwargs)) in self.registered:
+            return
+        self.registered.add((kernel, repr(kwargs)))
+        sent = self.sent.setdefault(kernel, set())
+        keys = [key for key in kernel.get_warmup_keys(*args, **kwargs) if key not in sent]
+        sent.update(keys)
+        self.running.setdefault(kernel, []).extend(start(kernel, keys, self.workers))
+
+    def compile_many(self, kernel: Any, keys: Iterable[Any]) -> None:
+        """What the warm-up calls: wait for the workers, then take every key from the cache."""
+        for worker in self.running.pop(kernel, []):
+            worker.wait()
+        compile_many(kernel, keys, self.workers)
 
 
 def install(workers: int) -> None:
     """Make vLLM's warm-up of TileLang kernels use workers."""
     from vllm.model_executor.warmup.jit_warmup_tilelang_helper import VllmTileLangJitKernel
 
-    VllmTileLangJitKernel.compile_many = lambda kernel, keys: compile_many(kernel, keys, workers)
+    ahead = Ahead(workers)
+    register_warmup = VllmTileLangJitKernel.register_warmup
+
+    @functools.wraps(register_warmup)
+    def register(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        register_warmup(kernel, *args, **kwargs)
+        ahead.register(kernel, *args, **kwargs)
+
+    VllmTileLangJitKernel.register_warmup = register
+    VllmTileLangJitKernel.compile_many = lambda kernel, keys: ahead.compile_many(kernel, keys)
 
 
 def main() -> None:

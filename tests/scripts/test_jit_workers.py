@@ -73,11 +73,40 @@ def test_what_a_worker_could_not_compile_is_left_to_this_process(kernel, tmp_pat
     assert compiled_by(tmp_path).keys() == {"key0", "broken", "key1", "key2"}
 
 
+def test_what_is_registered_is_compiled_ahead_once(kernel, tmp_path, monkeypatch):
+    type(kernel).get_warmup_keys = lambda self, _config, *, size: [f"key{i}" for i in range(size)]
+    ahead = jit_workers.Ahead(workers=2)
+    for size in (3, 3, 4):
+        ahead.register(kernel, "config", size=size)
+    assert len(ahead.running[kernel]) == 3  # two, none, one
+    monkeypatch.setattr(jit_workers, "compile_many", lambda *args: None)
+    ahead.compile_many(kernel, [])
+    assert compiled_by(tmp_path).keys() == {f"key{i}" for i in range(4)}
+
+
 def test_vllm_s_warm_up_takes_them(monkeypatch):
     helper = pytest.importorskip("vllm.model_executor.warmup.jit_warmup_tilelang_helper")
-    seen = []
-    monkeypatch.setattr(helper.VllmTileLangJitKernel, "compile_many", None, raising=False)
+    warmup = pytest.importorskip("vllm.model_executor.warmup.jit_warmup")
+    seen, started = [], []
+    base = helper.VllmTileLangJitKernel
+    monkeypatch.setattr(base, "compile_many", None, raising=False)
+    monkeypatch.setattr(base, "register_warmup", base.register_warmup, raising=False)
     monkeypatch.setattr(jit_workers, "compile_many", lambda *args: seen.append(args))
+    monkeypatch.setattr(jit_workers, "start", lambda *args: started.append(args) or [])
     jit_workers.install(5)
-    helper.VllmTileLangJitKernel.compile_many("kernel", ["key"])
-    assert seen == [("kernel", ["key"], 5)]
+
+    class Kernel(base):
+        def get_warmup_keys(self, *, size):
+            return list(range(size))
+
+        def warmup_inputs(self, compile_key):
+            return {}
+
+    kernel = Kernel()
+    registry = warmup.JitWarmupRegistry(None)
+    with registry.activate():
+        kernel.register_warmup(size=2)
+    assert len(registry) == 1
+    assert started == [(kernel, [0, 1], 5)]
+    kernel.compile_many([0, 1])
+    assert seen == [(kernel, [0, 1], 5)]
