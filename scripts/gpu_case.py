@@ -223,7 +223,8 @@ def profile_steps(llm: Any, k: int, vocab_size: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        return read_trace(json.loads(path.read_text(errors="replace"))["traceEvents"])
+        text = path.read_text(errors="replace")
+    return read_trace(json.loads(text, strict=False)["traceEvents"])
 
 
 def read_trace(events: list[dict[str, Any]]) -> dict[str, Any]:

@@ -8,8 +8,10 @@
 
 Each case is one life of the engine (`gpu_case.py`) and writes OUT/CASE.json, so that the cases may
 be spread over several commands; `report` judges what is there. `--together 2` starts two engines at
-a time; they measure one after the other. CPU_OUT holds `tiny-k1` of a CPU, to compare acceptance
-with. Needs vLLM with the patch series applied and this repository on PYTHONPATH.
+a time; they measure one after the other. The cases with graphs come first: their warm-up fills
+TileLang's cache, without which the eager ones compile for minutes while they measure. CPU_OUT holds
+`tiny-k1` of a CPU, to compare acceptance with. Needs vLLM with the patch series applied and this
+repository on PYTHONPATH.
 """
 
 from __future__ import annotations
