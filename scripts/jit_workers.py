@@ -73,7 +73,10 @@ class Ahead:
             return
         self.registered.add((kernel, repr(kwargs)))
         sent = self.sent.setdefault(kernel, set())
-        keys = [key for key in kernel.get_warmup_keys(*args, **kwargs) if key not in sent]
+        try:
+            keys = [key for key in kernel.get_warmup_keys(*args, **kwargs) if key not in sent]
+        except TypeError:
+            return  # it takes the vllm_config that only the registry has: left to the warm-up
         sent.update(keys)
         self.running.setdefault(kernel, []).extend(start(kernel, keys, self.workers))
 

@@ -84,6 +84,18 @@ def test_what_is_registered_is_compiled_ahead_once(kernel, tmp_path, monkeypatch
     assert compiled_by(tmp_path).keys() == {f"key{i}" for i in range(4)}
 
 
+def test_keys_that_only_the_registry_can_name_are_left_to_the_warm_up(monkeypatch):
+    class Kernel:
+        def get_warmup_keys(self, vllm_config):
+            return [vllm_config]
+
+    monkeypatch.setattr(jit_workers.subprocess, "Popen", None)
+    ahead = jit_workers.Ahead(3)
+    kernel = Kernel()
+    ahead.register(kernel)
+    assert not ahead.running.get(kernel)
+
+
 def test_vllm_s_warm_up_takes_them(monkeypatch):
     helper = pytest.importorskip("vllm.model_executor.warmup.jit_warmup_tilelang_helper")
     warmup = pytest.importorskip("vllm.model_executor.warmup.jit_warmup")
