@@ -199,6 +199,16 @@ def routes(gate: nn.Module, hidden: torch.Tensor, config: Any) -> tuple[torch.Te
     return ids, weights
 
 
+class Capturing:
+    """Goes before a DeepSeekV4MTP class: the draft with the hook; same weights, same results."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        recorder = attach(self, vllm_config, capture_folder())
+        if recorder is not None:
+            recorder.start()
+
+
 def attach(draft: nn.Module, vllm_config: Any, folder: Path) -> Recorder | None:
     """Hook the FFN of a draft model with one MTP layer.
 

@@ -26,6 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from bench.near_ties import first_difference  # noqa: E402
 from scripts.gpu_case import CASES, LAYER_KINDS, LONG_PROMPT_TOKENS  # noqa: E402
 from tiny.config import TinyConfig  # noqa: E402
 from tiny.export import repeat_index_heads  # noqa: E402
@@ -38,11 +39,6 @@ INDEX_HEADS = 64  # as the real model has: the kernels are made for it
 
 
 # ------------------------------------------------------------------------------------- judging
-
-
-def first_difference(a: list[int], b: list[int]) -> int | None:
-    """Index of the first token that differs, over the shorter of the two."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
 
 
 def noise(plain: dict[str, Any]) -> float:

@@ -5,17 +5,9 @@ It must run eagerly: hooks do not run inside CUDA graphs.
 
 from __future__ import annotations
 
-from vllm.config import VllmConfig
-
-from kernels.capture import attach, capture_folder
+from kernels.capture import Capturing
 from kernels.nvidia.models import DeepSeekV4MTP
 
 
-class CapturingDeepSeekV4MTP(DeepSeekV4MTP):
-    """The draft, with the hook; the same weights and the same results."""
-
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        recorder = attach(self, vllm_config, capture_folder())
-        if recorder is not None:
-            recorder.start()
+class CapturingDeepSeekV4MTP(Capturing, DeepSeekV4MTP):
+    """What vLLM loads in the place of the head while a capture is asked for."""

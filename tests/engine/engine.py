@@ -62,6 +62,29 @@ def request(ids: list[int], max_tokens: int, logprobs: str | int | None = None) 
     return {"ids": ids, "max_tokens": max_tokens, "logprobs": logprobs}
 
 
+def run_script(script: str, job: Path, result: Path, env: dict[str, str]) -> str:
+    """Run one of the scripts beside this on a job; its log. Fails with the log's end."""
+    environment = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        # One process starts in 8 s, three in 30 s; the demo's server runs the usual three.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        **env,
+    }
+    done = subprocess.run(
+        [sys.executable, str(HERE / script), str(job), str(result)],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=TIMEOUT_S,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
+
+
 class Engines:
     """Starts engines, one process each; jobs and results go to `folder`."""
 
@@ -84,23 +107,6 @@ class Engines:
         if batches is not None:
             body["batches"] = batches
         job.write_text(json.dumps(body))
-        environment = {
-            **os.environ,
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            # One process starts in 8 s, three in 30 s; the demo's server runs the usual three.
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-            **(env or {}),
-        }
-        done = subprocess.run(
-            [sys.executable, str(HERE / "run_engine.py"), str(job), str(result)],
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=TIMEOUT_S,
-        )
-        assert done.returncode == 0, done.stdout[-6000:]
+        log = run_script("run_engine.py", job, result, env or {})
         with np.load(result) as arrays:
-            return EngineRun(dict(arrays), done.stdout)
+            return EngineRun(dict(arrays), log)

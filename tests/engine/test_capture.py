@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +19,7 @@ pytest.importorskip("vllm")
 
 from retrofit.calibration import Calibration, read_meta, rows_file
 from retrofit.control import CAPTURE_DIR, CONTROL, Action, Order, write
-from tests.engine.engine import CHECKPOINT, HERE, ROOT, TIMEOUT_S
+from tests.engine.engine import CHECKPOINT, ROOT, run_script
 from tiny import data, tokenizer
 from tiny.load import load
 
@@ -67,23 +65,8 @@ def captured(tmp_path_factory) -> Capture:
             }
         )
     )
-    done = subprocess.run(
-        [sys.executable, str(HERE / "run_capture.py"), str(job), str(result)],
-        env={
-            **os.environ,
-            CAPTURE_DIR: str(folder),
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-        },
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=TIMEOUT_S,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    run_script("run_capture.py", job, result, {CAPTURE_DIR: str(folder), "PYTHONPATH": path})
     with np.load(result) as arrays:
         sequences = [ids + arrays[f"tokens_{i}"].tolist() for i, ids in enumerate(prompts)]
         return Capture(folder, json.loads(str(arrays["answers"])), sequences)

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("vllm")
 
+from bench.near_ties import first_difference
 from tests.engine.engine import CHECKPOINT, ROOT, EngineRun, request
 from tiny import data, export, tokenizer
 from tiny.generate import acceptance
@@ -50,11 +51,6 @@ def gap(logprobs: torch.Tensor) -> torch.Tensor:
     """Distance of the best token to the second best, per position."""
     best = logprobs.nan_to_num(float("-inf")).topk(2, dim=-1).values
     return best[..., 0] - best[..., 1]
-
-
-def first_difference(a: list[int], b: list[int]) -> int | None:
-    """Index of the first token that differs, over the shorter of the two."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from bench.near_ties import first_difference
 from tests.engine.engine import CHECKPOINT, request
 from tests.engine.test_mtp_loading import without
 
@@ -28,8 +29,8 @@ def test_two_ranks_say_what_one_says_up_to_a_tie(run_engine, tmp_path):
     record = tmp_path / "load.json"
     two = run_engine(CHECKPOINT, requests, env=ENV | {"DSV4_LOAD_RECORD": str(record)}, **TWO_RANKS)
     one = run_engine(CHECKPOINT, requests, env=ENV, **OPTIONS)
-    pairs = enumerate(zip(one.tokens(0), two.tokens(0), strict=True))
-    first = next((i for i, (alone, shared) in pairs if alone != shared), None)
+    assert len(one.tokens(0)) == len(two.tokens(0))
+    first = first_difference(one.tokens(0), two.tokens(0))
     if first is not None:
         best = one.logprobs(0)[first].topk(2).values
         assert best[0] - best[1] <= BF16_STEP, f"token {first}"
