@@ -4,18 +4,27 @@ At start vLLM 0.32.0 compiles each specialization of DeepSeek-V4's mHC kernels i
 apiece on an H100 host: 35 of `MhcPreBigFuseTileLangKernel` alone. TileLang keeps on disk what it
 compiled, so workers fill that cache and vLLM's own loop then finds it there. They start when the
 model's layers announce their kernels, and work while weights are loaded. A worker that fails costs
-time only: vLLM compiles the key itself. Each worker may hold a CUDA context while it runs.
+time only: vLLM compiles the key itself. Each worker may hold a CUDA context while it runs. Engines
+that start together share the work: a key is locked by whoever compiles it, and its next taker finds
+it in the cache.
 """
 
 from __future__ import annotations
 
+import fcntl
 import functools
+import hashlib
 import importlib
+import os
 import pickle
+import random
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 SLOW_S = 6.0  # a key that took longer was not in TileLang's cache
@@ -103,14 +112,27 @@ def install(workers: int) -> None:
     VllmTileLangJitKernel.compile_many = lambda kernel, keys: ahead.compile_many(kernel, keys)
 
 
+@contextmanager
+def locked(what: str) -> Iterator[None]:
+    """Hold this name against every other process of this user."""
+    folder = Path(tempfile.gettempdir()) / f"dsv4-jit-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    name = hashlib.sha256(what.encode()).hexdigest()
+    with (folder / name).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def main() -> None:
     """A worker: compile the keys that come on standard input, as `compile_beside` sends them."""
     (module, qualified_name), keys = pickle.loads(sys.stdin.buffer.read())  # noqa: S301 - our own
     kernel = importlib.import_module(module)
     for part in qualified_name.split("."):
         kernel = getattr(kernel, part)
+    random.Random(os.getpid()).shuffle(keys)  # engines started together begin with different keys
     for key in keys:
-        kernel().compile(key)
+        with locked(f"{module}.{qualified_name} {key!r}"):
+            kernel().compile(key)
 
 
 if __name__ == "__main__":

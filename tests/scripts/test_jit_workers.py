@@ -20,7 +20,8 @@ class Kernel:
         if key == "broken" and "MAIN" not in os.environ.get("FAKE_ROLE", ""):
             raise RuntimeError("no such kernel")
         time.sleep(self.SECONDS)
-        path.write_text(str(os.getpid()))
+        with path.open("a") as file:
+            file.write(str(os.getpid()))
 """
 
 
@@ -51,6 +52,16 @@ def test_after_a_slow_key_the_others_are_compiled_by_workers(kernel, tmp_path):
     made = compiled_by(tmp_path)
     assert made.keys() == set(keys)
     assert len(set(made.values())) == 4  # this process for the first, three for the others
+
+
+def test_engines_started_together_compile_a_key_once(kernel, tmp_path, monkeypatch):
+    """A key that two workers compiled holds both their numbers."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    keys = [f"key{i}" for i in range(6)]
+    workers = [w for _ in range(2) for w in jit_workers.start(kernel, list(keys), workers=2)]
+    assert [worker.wait() for worker in workers] == [0, 0, 0, 0]
+    assert compiled_by(tmp_path).keys() == set(keys)
+    assert set(compiled_by(tmp_path).values()) <= {str(worker.pid) for worker in workers}
 
 
 def test_keys_in_the_cache_start_no_worker(kernel, tmp_path, monkeypatch):
