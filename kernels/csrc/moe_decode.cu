@@ -1,0 +1,248 @@
+// MoE for at most 8 tokens: two launches, straight from the top-k ids.
+//
+//   gate + up   grid (2 * inter / 64, entries)       down   grid (hidden / 64, splits)
+//
+//     row blocks ->                                    row blocks ->
+//   entry 0 [ ][ ][ ][ ] expert of (token 0, slot 0)   split 0 [ ][ ][ ]  entries 0 .. n - 1
+//   entry 1 [ ][ ][ ][ ] ...                           split 1 [ ][ ][ ]  entries n .. 2n - 1
+//
+// An entry is a (token, slot). The first entry that names an expert stands for it, with all tokens
+// that chose it as columns (column = token); the others leave. So each expert is read once and
+// nothing is sorted. Down starts while gate + up still runs and loads its first weights before it
+// waits for the activations. Its splits meet in write_split.
+#include "moe.cuh"
+
+namespace dsv4 {
+namespace {
+
+constexpr int kMaxEntries = kDecodeTokens * kMaxTopK;
+constexpr int kMaxSplits = 8;
+constexpr int kMaxSplitEntries = kThreads / kDecodeTokens;  // find_experts: a thread per pair
+static_assert(kMaxSplitEntries * kMaxSplits >= kMaxEntries, "splits cover every entry");
+static_assert(kMaxEntries <= kThreads, "a thread loads an entry");
+
+struct Decode {
+  Moe moe;
+  __nv_bfloat16* act;  // [entry][inter_size], written for first entries of a token only
+  Split down;
+  int split_entries;
+};
+
+struct Entries {
+  int ids[kMaxEntries];
+  float weights[kMaxEntries];
+};
+
+// Past L1: down reads these before its wait, when L1 may still hold an earlier step's.
+__device__ __forceinline__ void load_entries(Entries& entries, const Moe& moe) {
+  int n = moe.num_tokens * moe.top_k;
+  if (threadIdx.x < n) {
+    entries.ids[threadIdx.x] = __ldcg(moe.topk_ids + threadIdx.x);
+    entries.weights[threadIdx.x] = __ldcg(moe.topk_weights + threadIdx.x);
+  }
+}
+
+struct Column {
+  int entry;     // where the token names the expert first, -1: nowhere
+  float weight;  // over all slots that name it
+  bool stands;   // the expert's block of 8 lanes stands for this expert (same in all 8 lanes)
+  int expert;
+};
+
+// The column of `token` for the expert that `entry` names. Lanes 8 i .. 8 i + 7 ask about one entry
+// and tokens 0 .. 7.
+__device__ __forceinline__ Column find_column(const Entries& entries, const Moe& moe, int entry,
+                                              int token) {
+  Column column = {-1, 0.0f, false, -1};
+  if (entry < moe.num_tokens * moe.top_k) column.expert = entries.ids[entry];
+  bool valid = (unsigned)column.expert < (unsigned)moe.num_experts;
+  if (valid && token < moe.num_tokens) {
+    for (int s = moe.top_k - 1; s >= 0; --s) {
+      int other = token * moe.top_k + s;
+      if (entries.ids[other] == column.expert) {
+        column.entry = other;
+        column.weight += entries.weights[other];
+      }
+    }
+  }
+  int first = column.entry < 0 ? kMaxEntries : column.entry;
+#pragma unroll
+  for (int d = 1; d < 8; d *= 2) first = min(first, __shfl_xor_sync(~0u, first, d));
+  column.stands = valid && first == entry;
+  return column;
+}
+
+// The experts that a block works on, in order of their entries, and its row block. In shared
+// memory, for want of registers.
+struct Experts {
+  int block, all;
+  int count[kWarps];
+  int expert[kMaxSplitEntries];
+  int entry[kMaxSplitEntries][kDecodeTokens];  // where token t first names the expert, -1: nowhere
+  float weight[kMaxSplitEntries][kDecodeTokens];
+};
+
+// Fills `experts` from `count` entries from `first` on. Barriers inside.
+__device__ __forceinline__ void find_experts(Experts& experts, const Entries& entries,
+                                             const Moe& moe, int first, int count) {
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int local = threadIdx.x / kDecodeTokens, token = threadIdx.x % kDecodeTokens;
+  Column column = find_column(entries, moe, local < count ? first + local : kMaxEntries, token);
+  unsigned standing = __ballot_sync(~0u, column.stands);  // 8 bits each
+  if (lane == 0) experts.count[warp] = __popc(standing) / 8;
+  __syncthreads();
+  int place = __popc(standing & ((1u << (lane & ~7)) - 1)) / 8, all = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) place += experts.count[w];
+    all += experts.count[w];
+  }
+  if (column.stands) {
+    experts.expert[place] = column.expert;
+    experts.entry[place][token] = column.entry;
+    experts.weight[place][token] = column.weight;
+  }
+  if (threadIdx.x == 0) {
+    experts.block = blockIdx.x;
+    experts.all = all;
+  }
+  __syncthreads();
+}
+
+struct UpWork {
+  static constexpr bool kRouted = false, kFlush = false;
+  static constexpr int outers = 1, first_group = 0;
+  const Decode& args;
+  Shared<1>& shared;
+  const Experts& experts;
+  Tiled tiled;
+  int groups, wrap;
+
+  __device__ __forceinline__ int expert(int) const { return experts.expert[0]; }
+  __device__ __forceinline__ int block(int) const { return experts.block; }
+  __device__ __forceinline__ bool has_token(int, int token) const {
+    return experts.entry[0][token] >= 0;
+  }
+  __device__ __forceinline__ void ready() const {}
+  __device__ __forceinline__ void stage(uint32_t slice, const Cursor& c) const {
+    const int lane = thread_again() % 32;
+    int token = lane < kDecodeTokens && experts.entry[0][lane] >= 0 ? lane : -1;
+    stage_rows<1>(slice, args.moe.hidden, args.moe.hidden_size, token, c.group);
+  }
+  __device__ __forceinline__ void finish(int, const float (&total)[1][kRowTiles][4]) {
+    write_act<1>(args.act, args.moe, blockIdx.x, total, shared,
+                 [&](int token) { return experts.entry[0][token]; });
+  }
+};
+
+__global__ void __launch_bounds__(kThreads, 2) decode_up(const __grid_constant__ Decode args) {
+  extern __shared__ __align__(16) uint8_t dynamic[];
+  Shared<1>& shared = *(Shared<1>*)dynamic;
+  __shared__ Entries entries;
+  __shared__ Experts experts;
+  const Moe& moe = args.moe;
+  clear_zeros(shared);
+
+  wait_for_previous_kernel();
+  load_entries(entries, moe);
+  if (blockIdx.x == 0 && blockIdx.y == 0)
+    for (int i = threadIdx.x; i < moe.w2.blocks; i += kThreads) args.down.counter[i] = 0;
+  let_next_kernel_start();
+  __syncthreads();
+  find_experts(experts, entries, moe, blockIdx.y, 1);
+  if (experts.all == 0) return;
+  UpWork work = {args, shared, experts, moe.w13, moe.w13.groups, moe.w13.groups};
+  stream<1>(work, shared);
+}
+
+struct DownWork {
+  static constexpr bool kRouted = true, kFlush = false;
+  const Decode& args;
+  Shared<1>& shared;
+  const Experts& experts;
+  Tiled tiled;
+  const int& outers;
+  int groups, wrap;
+  static constexpr int first_group = 0;
+
+  __device__ __forceinline__ int expert(int outer) const { return experts.expert[outer]; }
+  __device__ __forceinline__ int block(int) const { return experts.block; }
+  __device__ __forceinline__ float2 route(int outer, int lane) const {
+    return *(const float2*)&experts.weight[outer][2 * (lane % 4)];
+  }
+  __device__ __forceinline__ bool has_token(int outer, int token) const {
+    return experts.entry[outer][token] >= 0;
+  }
+  __device__ __forceinline__ void ready() const {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+  }
+  __device__ __forceinline__ void stage(uint32_t slice, const Cursor& c) const {
+    const int lane = thread_again() % 32;
+    int row = lane < kDecodeTokens ? experts.entry[c.outer][lane] : -1;
+    stage_rows<1>(slice, args.act, args.moe.inter_size, row, c.group);
+  }
+  __device__ __forceinline__ void finish(int, const float (&total)[1][kRowTiles][4]) {
+    write_split<1>(args.down, blockIdx.x, blockIdx.y, 0, total, shared);
+  }
+};
+
+__global__ void __launch_bounds__(kThreads, 2) decode_down(const __grid_constant__ Decode args) {
+  extern __shared__ __align__(16) uint8_t dynamic[];
+  Shared<1>& shared = *(Shared<1>*)dynamic;
+  __shared__ Entries entries;
+  __shared__ __align__(8) Experts experts;
+  const Moe& moe = args.moe;
+  clear_zeros(shared);
+
+  load_entries(entries, moe);
+  __syncthreads();
+  find_experts(experts, entries, moe, blockIdx.y * args.split_entries, args.split_entries);
+  DownWork work = {args, shared, experts, moe.w2, experts.all, moe.w2.groups, moe.w2.groups};
+  stream<1>(work, shared);
+}
+
+Decode lay_out(const Moe& moe, Pieces& pieces) {
+  Decode args = {};
+  args.moe = moe;
+  args.act = pieces.take<__nv_bfloat16>((size_t)moe.num_tokens * moe.top_k * moe.inter_size);
+  args.down.counter = pieces.take<unsigned>(moe.w2.blocks);
+  args.down.partial = pieces.take<float>((size_t)kMaxSplits * moe.num_tokens * moe.hidden_size);
+  args.down.out = moe.out;
+  args.down.row_size = moe.hidden_size;
+  args.down.columns = moe.num_tokens;
+  return args;
+}
+
+}  // namespace
+
+size_t decode_workspace_bytes(const Moe& moe) {
+  Pieces pieces = {nullptr};
+  lay_out(moe, pieces);
+  return pieces.used;
+}
+
+cudaError_t run_decode(const Moe& moe, void* workspace, cudaStream_t stream) {
+  Pieces pieces = {(char*)workspace};
+  Decode args = lay_out(moe, pieces);
+  Device device;
+  int index;
+  cudaError_t error = current_device(&device, &index);
+  if (error != cudaSuccess) return error;
+
+  // As many splits as run at once, two blocks per multiprocessor: one wave, without a tail.
+  int entries = moe.num_tokens * moe.top_k;
+  int splits = 2 * device.multiprocessors / moe.w2.blocks;
+  splits = splits < 1 ? 1 : splits > kMaxSplits ? kMaxSplits : splits;
+  args.split_entries = divide_up(entries, splits);
+  if (args.split_entries > kMaxSplitEntries) args.split_entries = kMaxSplitEntries;
+  args.down.splits = divide_up(entries, args.split_entries);
+
+  error = launch<decode_up>(dim3(moe.w13.blocks, entries), kThreads, sizeof(Shared<1>), true,
+                            stream, args);
+  if (error != cudaSuccess) return error;
+  return launch<decode_down>(dim3(moe.w2.blocks, args.down.splits), kThreads, sizeof(Shared<1>),
+                             true, stream, args);
+}
+
+}  // namespace dsv4

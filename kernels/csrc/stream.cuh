@@ -1,0 +1,327 @@
+// The loop that all kernels share: stream weights from memory through registers into mma.
+//
+//              64 rows (one row block)                 a warp takes every 8th group of 128 k;
+//            +----+----+----+----+                     an item is (row block, group): 8 loads of
+//   k16 step | 16 | 16 | 16 | 16 |  = 512 bytes        16 bytes per lane
+//            +----+----+----+----+                        ||
+//   x 8      |    |    |    |    |  = one item            ||  A: dequantized in registers
+//            +----+----+----+----+                        \/
+//   columns (tokens) 8 x kTiles  <-- B: ldmatrix from a slice of shared memory that the warp copied
+//                                       for itself: 128 k of its columns, and the item's 64 scales
+//
+// kDepth items are in flight per warp: a register is loaded again as soon as it has been consumed.
+// Sums of a group stay in FP32 and are scaled there; weights are never rounded. The totals of the 8
+// warps are added through shared memory in a fixed order.
+#pragma once
+#include "fragment.cuh"
+
+namespace dsv4 {
+
+struct Tiled {
+  const uint8_t* weight;
+  const __nv_bfloat16* scale;
+  int groups;  // k / 128
+  int blocks;  // rows / 64
+};
+
+// Depth and occupancy by column tiles: what fits in the registers without spilling.
+template <int kTiles>
+struct Config {
+  static_assert(kTiles == 1 || kTiles == 2 || kTiles == 4, "column tiles per pass");
+  static constexpr int kColumns = 8 * kTiles;
+  static constexpr int kDepth = kTiles == 1 ? 2 : 1;
+  static constexpr int kBlocksPerSm = kTiles == 4 ? 1 : 2;
+};
+
+template <int kTiles>
+struct alignas(16) Slice {
+  uint8_t rows[Config<kTiles>::kColumns * kRowBytes];
+  __nv_bfloat16 scale[kBlockRows];
+};
+
+template <int kTiles>
+struct alignas(16) Shared {
+  Slice<kTiles> slice[kWarps][Config<kTiles>::kDepth];
+  float exchange[kWarps * kWarpWords];
+  uint4 zeros[kGroupSize * 2 / 16];  // the row of columns without a token
+};
+static_assert(
+    sizeof(Shared<1>) <= 45 * 1024 && sizeof(Shared<2>) <= 45 * 1024,
+    "two blocks, with their static tables, fit in the 100 KB of an sm_120 multiprocessor");
+static_assert(sizeof(Shared<4>) <= 99 * 1024, "sm_120 gives a block 99 KB");
+
+// Where a warp is in its list of items. `outer` counts what the kernel walks through besides k.
+struct Cursor {
+  int outer, group;
+  __device__ __forceinline__ void settle(int wrap) {
+    while (group >= wrap) {
+      group -= wrap;
+      ++outer;
+    }
+  }
+  __device__ __forceinline__ void advance(int wrap) {
+    group += kWarps;
+    settle(wrap);
+  }
+};
+
+// threadIdx.x where it is used once in a while: what is computed from it is not kept in registers
+// through the loop.
+__device__ __forceinline__ int thread_again() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+// Copies one group of the rows of `base` into the warp's slice. Lane c holds the row of column c,
+// -1 for none.
+template <int kTiles>
+__device__ __forceinline__ void stage_rows(uint32_t slice, const __nv_bfloat16* base, int row_size,
+                                           int row, int group) {
+  const int lane = thread_again() % 32;
+  unsigned live = __ballot_sync(~0u, row >= 0);
+#pragma unroll
+  for (int i = 0; i < 4 * kTiles; ++i) {
+    if (((live >> (2 * i)) & 3) == 0) continue;
+    int column = 2 * i + lane / 16;
+    int r = __shfl_sync(~0u, row, column);
+    if (r >= 0)
+      copy_async(slice + column * kRowBytes + (lane % 16) * 16,
+                 base + (int64_t)r * row_size + group * kGroupSize + (lane % 16) * 8);
+  }
+}
+
+// Sum over the warps of two row tiles. Warp c, lane r gets row r % 16 of tile r / 16, column c.
+__device__ __forceinline__ float exchange(float* words, const float (&tile0)[4],
+                                          const float (&tile1)[4]) {
+  const int thread = thread_again(), warp = thread / 32, lane = thread % 32;
+  float* mine = words + warp * kWarpWords;
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    mine[exchange_index(0, c, lane)] = tile0[c];
+    mine[exchange_index(1, c, lane)] = tile1[c];
+  }
+  __syncthreads();
+  float sum = 0.0f;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) sum += words[w * kWarpWords + exchange_index_of(lane, warp)];
+  __syncthreads();
+  return sum;
+}
+
+// A Work says what a block streams:
+//   kRouted           whether columns have a weight per outer; then float2 route(outer, lane)
+//   kFlush            whether totals end with each outer (then wrap is a multiple of 8)
+//   outers, groups    the items are outers x groups; wrap: where a cursor goes to the next outer
+//   first_group       added to the group of an item
+//   tiled, expert(outer), block(outer)
+//   ready()           called between the first weight loads and the first activation
+//   stage(slice, cursor)  copies the activations of a valid item
+//   has_token(outer, column)  whether stage copies that column
+//   finish(outer, total)  takes the totals of this warp; called by all warps
+template <int kTiles>
+__device__ __forceinline__ void clear_zeros(Shared<kTiles>& shared) {
+  if (threadIdx.x < kGroupSize * 2 / 16) shared.zeros[threadIdx.x] = make_uint4(0, 0, 0, 0);
+}
+
+// Needs a barrier between clear_zeros and here.
+template <int kTiles, class Work>
+__device__ __forceinline__ void stream(Work& work, Shared<kTiles>& shared) {
+  constexpr int kDepth = Config<kTiles>::kDepth;
+  const Tiled& tiled = work.tiled;
+  const int stride = tiled.blocks * kTileBytes;  // from one k16 step to the next
+
+  auto is_item = [&](const Cursor& c) { return c.outer < work.outers && c.group < work.groups; };
+  // The cursor kDepth items on. Computed twice per item rather than kept in registers through the
+  // mma: the empty asm hides that both are the same.
+  auto ahead = [&](Cursor c) {
+    asm volatile("" : "+r"(c.outer), "+r"(c.group));
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) c.advance(work.wrap);
+    return c;
+  };
+  auto tile_of = [&](const Cursor& c) {
+    const int lane = thread_again() % 32;
+    return tiled.weight + tile_offset(work.expert(c.outer), work.first_group + c.group, 0,
+                                      work.block(c.outer), lane, tiled.groups, tiled.blocks);
+  };
+  auto stage_scale = [&](Slice<kTiles>& slice, const Cursor& c) {
+    const int lane = thread_again() % 32;
+    if (lane < kBlockRows / 8)
+      copy_async(
+          shared_address(slice.scale + 8 * lane),
+          tiled.scale + scale_offset(work.expert(c.outer), work.first_group + c.group,
+                                     work.block(c.outer), 4 * lane, tiled.groups, tiled.blocks));
+  };
+
+  auto slice_of = [&](int d) -> Slice<kTiles>& { return shared.slice[thread_again() / 32][d]; };
+
+  uint4 slot[kDepth][kSteps];
+  float total[kTiles][kRowTiles][4] = {};
+
+  Cursor use = {0, (int)threadIdx.x / 32};
+  use.settle(work.wrap);
+  Cursor next = use;
+#pragma unroll
+  for (int d = 0; d < kDepth; ++d) {
+    bool valid = is_item(next);
+    const uint8_t* tile = valid ? tile_of(next) : nullptr;
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      slot[d][s] = make_uint4(0, 0, 0, 0);
+      load_once(slot[d][s], tile, valid);
+      tile += stride;
+    }
+    if (valid) stage_scale(slice_of(d), next);
+    next.advance(work.wrap);
+  }
+
+  work.ready();
+  next = use;
+#pragma unroll
+  for (int d = 0; d < kDepth; ++d) {
+    if (is_item(next)) work.stage(shared_address(slice_of(d).rows), next);
+    copy_commit();
+    next.advance(work.wrap);
+  }
+
+  while (use.outer < work.outers) {
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) {
+      if (d > 0 && use.outer >= work.outers) break;
+      copy_wait<kDepth - 1>();
+      __syncwarp();
+
+      const int lane = thread_again() % 32;
+      Slice<kTiles>& slice = slice_of(d);
+      next = ahead(use);
+      const bool is_used = is_item(use), more = is_item(next);
+      const uint8_t* tile = more ? tile_of(next) : nullptr;
+      float sum[kTiles][kRowTiles][4] = {};
+      uint32_t b_address[kTiles];
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        bool has_token = is_used && work.has_token(use.outer, 8 * n + b_column(lane));
+        b_address[n] = shared_address(has_token ? slice.rows + n * 8 * kRowBytes + b_offset(lane)
+                                                : (uint8_t*)shared.zeros);
+      }
+
+      // An item past the last group multiplies zeros and is not added.
+#pragma unroll
+      for (int s = 0; s < kSteps; s += 2) {
+        uint32_t b[kTiles][4];
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) load_b(b[n], b_address[n] + s * 32);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          uint4& q = slot[d][s + half];
+          const uint32_t words[kRowTiles] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+          for (int r = 0; r < kRowTiles; ++r) {
+            uint32_t a[4];
+            dequantize_a(a, words[r]);
+#pragma unroll
+            for (int n = 0; n < kTiles; ++n) mma(sum[n][r], a, b[n][2 * half], b[n][2 * half + 1]);
+          }
+          load_once(q, tile, more);
+          tile += stride;
+        }
+      }
+
+      if (is_used) {
+        float2 route = make_float2(1.0f, 1.0f);
+        if constexpr (Work::kRouted) route = work.route(use.outer, lane);
+        const uint4 scale = *(const uint4*)(slice.scale + (lane / 4) * 8);
+        const uint32_t pairs[kRowTiles] = {scale.x, scale.y, scale.z, scale.w};
+#pragma unroll
+        for (int r = 0; r < kRowTiles; ++r) {
+          float low = low_half(pairs[r]), high = high_half(pairs[r]);  // rows g and g + 8
+          const float factor[4] = {low * route.x, low * route.y, high * route.x, high * route.y};
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+            for (int c = 0; c < 4; ++c) total[n][r][c] += factor[c] * sum[n][r][c];
+        }
+      }
+
+      __syncwarp();  // all lanes have read the slice
+      next = ahead(use);
+      if (is_item(next)) {
+        stage_scale(slice, next);
+        work.stage(shared_address(slice.rows), next);
+      }
+      copy_commit();
+
+      const int done = use.outer;
+      use.advance(work.wrap);
+      if constexpr (Work::kFlush) {
+        if (use.outer != done) {
+          work.finish(done, total);
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+            for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+              for (int c = 0; c < 4; ++c) total[n][r][c] = 0.0f;
+        }
+      }
+    }
+  }
+  copy_wait<0>();
+  if constexpr (!Work::kFlush) work.finish(0, total);
+}
+
+// Writes a block's sums: straight to `out` when the split is 1, else as partial sums, of which the
+// last block to arrive adds up all, in order of their split, whichever block it is.
+//   partial [row block][split][columns][64] floats;  counter: one zeroed word per row block
+struct Split {
+  float* partial;
+  unsigned* counter;
+  __nv_bfloat16* out;
+  int row_size, columns, splits;
+};
+
+template <int kTiles>
+__device__ __forceinline__ void write_split(const Split& to, int block, int split, int first_column,
+                                            const float (&total)[kTiles][kRowTiles][4],
+                                            Shared<kTiles>& shared) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float* partial = to.partial + (int64_t)block * to.splits * to.columns * kBlockRows;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float v = exchange(shared.exchange, total[n][h], total[n][h + 2]);
+      int row = 16 * (h + 2 * (lane / 16)) + lane % 16, column = first_column + 8 * n + warp;
+      if (column >= to.columns) continue;
+      if (to.splits == 1)
+        to.out[(int64_t)column * to.row_size + block * kBlockRows + row] = __float2bfloat16(v);
+      else
+        partial[((int64_t)split * to.columns + column) * kBlockRows + row] = v;
+    }
+  if (to.splits == 1) return;
+
+  __shared__ bool is_last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();  // the block's partial sums (ordered by the barrier) before its count
+    is_last = atomicAdd(to.counter + block, 1) == (unsigned)to.splits - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!is_last) return;
+  for (int column = warp; column < to.columns; column += kWarps) {
+    float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll 4
+    for (int s = 0; s < to.splits; ++s) {
+      float2 v =
+          __ldcg((const float2*)(partial + ((int64_t)s * to.columns + column) * kBlockRows) + lane);
+      sum.x += v.x;
+      sum.y += v.y;
+    }
+    *(__nv_bfloat162*)(to.out + (int64_t)column * to.row_size + block * kBlockRows + 2 * lane) =
+        __floats2bfloat162_rn(sum.x, sum.y);
+  }
+}
+
+}  // namespace dsv4
