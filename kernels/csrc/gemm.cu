@@ -37,7 +37,6 @@ struct GemmWork {
   Tiled tiled;
   const Part& part;
   const int &outers, &first_group, &groups;
-  int wrap;
 
   __device__ __forceinline__ int expert(int) const { return 0; }
   __device__ __forceinline__ int block(int) const { return part.block; }
@@ -73,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, Config<kTiles>::kBlocksPerSm)
   }
   __syncthreads();
   GemmWork<kTiles> work = {args,        shared,           args.weight, part,
-                           part.outers, part.first_group, part.groups, args.split_groups};
+                           part.outers, part.first_group, part.groups};
   stream<kTiles>(work, shared);
 }
 

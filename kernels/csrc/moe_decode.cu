@@ -116,7 +116,7 @@ struct UpWork {
   Shared<1>& shared;
   const Experts& experts;
   Tiled tiled;
-  int groups, wrap;
+  int groups;
 
   __device__ __forceinline__ int expert(int) const { return experts.expert[0]; }
   __device__ __forceinline__ int block(int) const { return experts.block; }
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_up(const __grid_constant__
   __syncthreads();
   find_experts(experts, entries, moe, blockIdx.y, 1);
   if (experts.all == 0) return;
-  UpWork work = {args, shared, experts, moe.w13, moe.w13.groups, moe.w13.groups};
+  UpWork work = {args, shared, experts, moe.w13, moe.w13.groups};
   stream<1>(work, shared);
 }
 
@@ -162,7 +162,7 @@ struct DownWork {
   const Experts& experts;
   Tiled tiled;
   const int& outers;
-  int groups, wrap;
+  int groups;
   static constexpr int first_group = 0;
 
   __device__ __forceinline__ int expert(int outer) const { return experts.expert[outer]; }
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_down(const __grid_constant
   load_entries(entries, moe);
   __syncthreads();
   find_experts(experts, entries, moe, blockIdx.y * args.split_entries, args.split_entries);
-  DownWork work = {args, shared, experts, moe.w2, experts.all, moe.w2.groups, moe.w2.groups};
+  DownWork work = {args, shared, experts, moe.w2, experts.all, moe.w2.groups};
   stream<1>(work, shared);
 }
 

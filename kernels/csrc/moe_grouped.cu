@@ -126,7 +126,7 @@ struct GroupWork {
   Job<kTiles>& job;
   Tiled tiled;
   const int& outers;
-  int groups, wrap;
+  int groups;
 
   __device__ __forceinline__ GroupWork(const Grouped& args, Shared<kTiles>& shared,
                                        Job<kTiles>& job, const Tiled& tiled)
@@ -135,8 +135,7 @@ struct GroupWork {
         job(job),
         tiled(tiled),
         outers(job.outers),
-        groups(tiled.groups),
-        wrap((tiled.groups + kWarps - 1) / kWarps * kWarps) {}
+        groups(tiled.groups) {}
 
   // An outer is (row block, chunk of columns).
   __device__ __forceinline__ int expert(int) const { return job.group.expert; }

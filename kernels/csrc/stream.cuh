@@ -4,7 +4,7 @@
 //            +----+----+----+----+                     an item is (row block, group): 8 loads of
 //   k16 step | 16 | 16 | 16 | 16 |  = 512 bytes        16 bytes per lane
 //            +----+----+----+----+                        ||
-//   x 8      |    |    |    |    |  = one item            ||  A: dequantized in registers
+//   x 8      |    |    |    |    |  = one item            ||  A: unpacked in registers
 //            +----+----+----+----+                        \/
 //   columns (tokens) 8 x kTiles  <-- B: ldmatrix from a slice of shared memory that the warp copied
 //                                       for itself: 128 k of its columns, and the item's 64 scales
@@ -13,6 +13,8 @@
 // Sums of a group stay in FP32 and are scaled there; weights are never rounded. The totals of the 8
 // warps are added through shared memory in a fixed order.
 #pragma once
+#include <type_traits>
+
 #include "fragment.cuh"
 
 namespace dsv4 {
@@ -29,8 +31,8 @@ template <int kTiles>
 struct Config {
   static_assert(kTiles == 1 || kTiles == 2 || kTiles == 4, "column tiles per pass");
   static constexpr int kColumns = 8 * kTiles;
-  static constexpr int kDepth = kTiles == 1 ? 2 : 1;
-  static constexpr int kBlocksPerSm = kTiles == 4 ? 1 : 2;
+  static constexpr int kDepth = 1;
+  static constexpr int kBlocksPerSm = kTiles == 1 ? 2 : 1;
 };
 
 template <int kTiles>
@@ -50,19 +52,11 @@ static_assert(
     "two blocks, with their static tables, fit in the 100 KB of an sm_120 multiprocessor");
 static_assert(sizeof(Shared<4>) <= 99 * 1024, "sm_120 gives a block 99 KB");
 
-// Where a warp is in its list of items. `outer` counts what the kernel walks through besides k.
+// Where a warp is in its list of items: groups warp, warp + 8, ... of outer 0, then of outer 1, ...
+// `outer` counts what the kernel walks through besides k.
 struct Cursor {
   int outer, group;
-  __device__ __forceinline__ void settle(int wrap) {
-    while (group >= wrap) {
-      group -= wrap;
-      ++outer;
-    }
-  }
-  __device__ __forceinline__ void advance(int wrap) {
-    group += kWarps;
-    settle(wrap);
-  }
+  int index;  // of (expert, group, row block 0) in [expert][group][row block]
 };
 
 // threadIdx.x where it is used once in a while: what is computed from it is not kept in registers
@@ -111,12 +105,12 @@ __device__ __forceinline__ float exchange(float* words, const float (&tile0)[4],
 
 // A Work says what a block streams:
 //   kRouted           whether columns have a weight per outer; then float2 route(outer, lane)
-//   kFlush            whether totals end with each outer (then wrap is a multiple of 8)
-//   outers, groups    the items are outers x groups; wrap: where a cursor goes to the next outer
+//   kFlush            whether totals end with each outer
+//   outers, groups    the items are outers x groups
 //   first_group       added to the group of an item
 //   tiled, expert(outer), block(outer)
 //   ready()           called between the first weight loads and the first activation
-//   stage(slice, cursor)  copies the activations of a valid item
+//   stage(slice, cursor)  copies the activations of an item
 //   has_token(outer, column)  whether stage copies that column
 //   finish(outer, total)  takes the totals of this warp; called by all warps
 template <int kTiles>
@@ -128,147 +122,148 @@ __device__ __forceinline__ void clear_zeros(Shared<kTiles>& shared) {
 template <int kTiles, class Work>
 __device__ __forceinline__ void stream(Work& work, Shared<kTiles>& shared) {
   constexpr int kDepth = Config<kTiles>::kDepth;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Tiled& tiled = work.tiled;
   const int stride = tiled.blocks * kTileBytes;  // from one k16 step to the next
+  const int own_groups = (work.groups - warp + kWarps - 1) / kWarps;  // of an outer
+  const int items = own_groups * work.outers;
 
-  auto is_item = [&](const Cursor& c) { return c.outer < work.outers && c.group < work.groups; };
-  // The cursor kDepth items on. Computed twice per item rather than kept in registers through the
-  // mma: the empty asm hides that both are the same.
-  auto ahead = [&](Cursor c) {
-    asm volatile("" : "+r"(c.outer), "+r"(c.group));
-#pragma unroll
-    for (int i = 0; i < kDepth; ++i) c.advance(work.wrap);
-    return c;
+  auto start_outer = [&](Cursor& c, int outer) {
+    c.outer = outer;
+    c.group = warp;
+    c.index = (work.expert(outer) * tiled.groups + work.first_group + warp) * tiled.blocks;
+  };
+  auto advance = [&](Cursor& c) {
+    c.group += kWarps;
+    c.index += kWarps * tiled.blocks;
+    if (c.group >= work.groups && c.outer + 1 < work.outers) start_outer(c, c.outer + 1);
   };
   auto tile_of = [&](const Cursor& c) {
-    const int lane = thread_again() % 32;
-    return tiled.weight + tile_offset(work.expert(c.outer), work.first_group + c.group, 0,
-                                      work.block(c.outer), lane, tiled.groups, tiled.blocks);
+    return tiled.weight + ((int64_t)c.index * kSteps + work.block(c.outer)) * kTileBytes + lane * 16;
   };
   auto stage_scale = [&](Slice<kTiles>& slice, const Cursor& c) {
-    const int lane = thread_again() % 32;
     if (lane < kBlockRows / 8)
-      copy_async(
-          shared_address(slice.scale + 8 * lane),
-          tiled.scale + scale_offset(work.expert(c.outer), work.first_group + c.group,
-                                     work.block(c.outer), 4 * lane, tiled.groups, tiled.blocks));
+      copy_async(shared_address(slice.scale) + 16 * lane,
+                 tiled.scale + ((int64_t)c.index + work.block(c.outer)) * kBlockRows + 8 * lane);
   };
-
-  auto slice_of = [&](int d) -> Slice<kTiles>& { return shared.slice[thread_again() / 32][d]; };
 
   uint4 slot[kDepth][kSteps];
   float total[kTiles][kRowTiles][4] = {};
+  const Unpack unpack;
 
-  Cursor use = {0, (int)threadIdx.x / 32};
-  use.settle(work.wrap);
-  Cursor next = use;
+  Cursor next;
+  if (items > 0) start_outer(next, 0);
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) {
-    bool valid = is_item(next);
-    const uint8_t* tile = valid ? tile_of(next) : nullptr;
+    if (d >= items) break;
+    const uint8_t* tile = tile_of(next);
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      slot[d][s] = make_uint4(0, 0, 0, 0);
-      load_once(slot[d][s], tile, valid);
-      tile += stride;
-    }
-    if (valid) stage_scale(slice_of(d), next);
-    next.advance(work.wrap);
+    for (int s = 0; s < kSteps; ++s) load_once(slot[d][s], tile + s * stride);
+    stage_scale(shared.slice[warp][d], next);
+    advance(next);
   }
 
   work.ready();
-  next = use;
+  if (items > 0) start_outer(next, 0);
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) {
-    if (is_item(next)) work.stage(shared_address(slice_of(d).rows), next);
+    if (d < items) {
+      work.stage(shared_address(shared.slice[warp][d].rows), next);
+      advance(next);
+    }
     copy_commit();
-    next.advance(work.wrap);
   }
 
-  while (use.outer < work.outers) {
+  int outer = 0, left = own_groups;
+  // Multiplies the item in slot d, with loads for the item after next in between where there is one.
+  auto multiply = [&](auto has_next, uint4 (&q)[kSteps], Slice<kTiles>& slice) {
+    const uint8_t* tile = nullptr;
+    if constexpr (decltype(has_next)::value) tile = tile_of(next);
+    float sum[kTiles][kRowTiles][4] = {};
+    float offset[kTiles][4] = {};
+    const uint32_t minus[4] = {kMinusOffset, kMinusOffset, kMinusOffset, kMinusOffset};
+    uint32_t b_address[kTiles];
 #pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
-      if (d > 0 && use.outer >= work.outers) break;
-      copy_wait<kDepth - 1>();
-      __syncwarp();
-
-      const int lane = thread_again() % 32;
-      Slice<kTiles>& slice = slice_of(d);
-      next = ahead(use);
-      const bool is_used = is_item(use), more = is_item(next);
-      const uint8_t* tile = more ? tile_of(next) : nullptr;
-      float sum[kTiles][kRowTiles][4] = {};
-      uint32_t b_address[kTiles];
+    for (int n = 0; n < kTiles; ++n)
+      b_address[n] = shared_address(work.has_token(outer, 8 * n + b_column(lane))
+                                        ? slice.rows + n * 8 * kRowBytes + b_offset(lane)
+                                        : (uint8_t*)shared.zeros);
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        bool has_token = is_used && work.has_token(use.outer, 8 * n + b_column(lane));
-        b_address[n] = shared_address(has_token ? slice.rows + n * 8 * kRowBytes + b_offset(lane)
-                                                : (uint8_t*)shared.zeros);
-      }
-
-      // An item past the last group multiplies zeros and is not added.
+    for (int s = 0; s < kSteps; s += 2) {
+      uint32_t b[kTiles][4];
 #pragma unroll
-      for (int s = 0; s < kSteps; s += 2) {
-        uint32_t b[kTiles][4];
+      for (int n = 0; n < kTiles; ++n) load_b(b[n], b_address[n] + s * 32);
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) load_b(b[n], b_address[n] + s * 32);
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t words[kRowTiles] = {q[s + half].x, q[s + half].y, q[s + half].z, q[s + half].w};
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          uint4& q = slot[d][s + half];
-          const uint32_t words[kRowTiles] = {q.x, q.y, q.z, q.w};
+        for (int r = 0; r < kRowTiles; ++r) {
+          uint32_t a[4];
+          unpack(a, words[r]);
 #pragma unroll
-          for (int r = 0; r < kRowTiles; ++r) {
-            uint32_t a[4];
-            dequantize_a(a, words[r]);
+          for (int n = 0; n < kTiles; ++n) mma(sum[n][r], a, b[n][2 * half], b[n][2 * half + 1]);
+        }
 #pragma unroll
-            for (int n = 0; n < kTiles; ++n) mma(sum[n][r], a, b[n][2 * half], b[n][2 * half + 1]);
-          }
-          load_once(q, tile, more);
+        for (int n = 0; n < kTiles; ++n) mma(offset[n], minus, b[n][2 * half], b[n][2 * half + 1]);
+        if constexpr (decltype(has_next)::value) {
+          load_once(q[s + half], tile);
           tile += stride;
         }
       }
+    }
+    float2 route = make_float2(1.0f, 1.0f);
+    if constexpr (Work::kRouted) route = work.route(outer, lane);
+    const uint4 scale = *(const uint4*)(slice.scale + (lane / 4) * 8);
+    const uint32_t pairs[kRowTiles] = {scale.x, scale.y, scale.z, scale.w};
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      float low = low_half(pairs[r]), high = high_half(pairs[r]);  // rows g and g + 8
+      const float factor[4] = {low * route.x, low * route.y, high * route.x, high * route.y};
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) total[n][r][c] += factor[c] * (sum[n][r][c] + offset[n][c]);
+    }
+    __syncwarp();  // all lanes have read the slice
+  };
+  auto finish_outer = [&] {
+    work.finish(outer, total);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) total[n][r][c] = 0.0f;
+  };
 
-      if (is_used) {
-        float2 route = make_float2(1.0f, 1.0f);
-        if constexpr (Work::kRouted) route = work.route(use.outer, lane);
-        const uint4 scale = *(const uint4*)(slice.scale + (lane / 4) * 8);
-        const uint32_t pairs[kRowTiles] = {scale.x, scale.y, scale.z, scale.w};
+  for (int item = 0; item < items; item += kDepth) {
 #pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) {
-          float low = low_half(pairs[r]), high = high_half(pairs[r]);  // rows g and g + 8
-          const float factor[4] = {low * route.x, low * route.y, high * route.x, high * route.y};
-#pragma unroll
-          for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-            for (int c = 0; c < 4; ++c) total[n][r][c] += factor[c] * sum[n][r][c];
-        }
-      }
-
-      __syncwarp();  // all lanes have read the slice
-      next = ahead(use);
-      if (is_item(next)) {
+    for (int d = 0; d < kDepth; ++d) {
+      if (d > 0 && item + d >= items) break;
+      copy_wait<kDepth - 1>();
+      __syncwarp();
+      Slice<kTiles>& slice = shared.slice[warp][d];
+      if (item + d + kDepth < items) {
+        multiply(std::true_type{}, slot[d], slice);
         stage_scale(slice, next);
         work.stage(shared_address(slice.rows), next);
+        advance(next);
+      } else {
+        multiply(std::false_type{}, slot[d], slice);
       }
       copy_commit();
-
-      const int done = use.outer;
-      use.advance(work.wrap);
-      if constexpr (Work::kFlush) {
-        if (use.outer != done) {
-          work.finish(done, total);
-#pragma unroll
-          for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-            for (int r = 0; r < kRowTiles; ++r)
-#pragma unroll
-              for (int c = 0; c < 4; ++c) total[n][r][c] = 0.0f;
-        }
+      if (--left == 0) {
+        if constexpr (Work::kFlush) finish_outer();
+        ++outer;
+        left = own_groups;
       }
     }
   }
-  copy_wait<0>();
-  if constexpr (!Work::kFlush) work.finish(0, total);
+  if constexpr (Work::kFlush) {
+    for (; own_groups <= 0 && outer < work.outers; ++outer) finish_outer();  // no group, but barriers
+  } else {
+    work.finish(0, total);
+  }
 }
 
 // Writes a block's sums: straight to `out` when the split is 1, else as partial sums, of which the
