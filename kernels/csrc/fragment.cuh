@@ -49,17 +49,17 @@ DSV4_HD int64_t scale_offset(int expert, int group, int block, int lane, int gro
 DSV4_HD int b_column(int lane) { return lane % 8; }
 DSV4_HD int b_offset(int lane) { return b_column(lane) * kRowBytes + (lane / 8) * 16; }
 
-// Exchange of C fragments between warps: two row tiles (`half` 0, 1) of 16 x 8. The odd word before
-// c = 2 and the two before half = 1 put rows r, r + 8, r + 16, r + 24 in different banks.
+// Exchange of C fragments between warps: row tiles (half + 2 second) of 16 x 8. The odd words keep
+// rows r, r + 8, r + 16, r + 24 of what a warp reads at once in different banks.
 constexpr int kHalfWords = 4 * 32 + 2;
-constexpr int kWarpWords = 2 * kHalfWords;
-DSV4_HD int exchange_index(int half, int c, int lane) {
-  return half * kHalfWords + c * 32 + (c >> 1) + lane;
+constexpr int kWarpWords = kRowTiles * kHalfWords;
+DSV4_HD int exchange_index(int half, int second, int c, int lane) {
+  return (2 * half + second) * kHalfWords + c * 32 + (c >> 1) + lane;
 }
-// The word that holds (row, column) of the two row tiles; row is 0 .. 31, 16 and up are half 1.
-DSV4_HD int exchange_index_of(int row, int column) {
+// The word of row 0 .. 31 and a column of tiles half (rows 0 .. 15) and half + 2 (16 .. 31).
+DSV4_HD int exchange_index_of(int half, int row, int column) {
   int c = ((row / 8) % 2) * 2 + column % 2;
-  return exchange_index(row / 16, c, (row % 8) * 4 + column / 2);
+  return exchange_index(half, row / 16, c, (row % 8) * 4 + column / 2);
 }
 
 #if defined(__CUDACC__)

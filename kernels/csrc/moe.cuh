@@ -49,9 +49,10 @@ __device__ __forceinline__ void write_act(__nv_bfloat16* act, const Moe& moe, in
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
     int row = act_row(8 * n + warp);
+    const Sums sums = exchange(shared.exchange, total[n]);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float v = exchange(shared.exchange, total[n][h], total[n][h + 2]);
+      float v = sums.tile[h];
       float up = __shfl_down_sync(~0u, v, 16);
       if (row >= 0 && lane < 16)
         act[(int64_t)row * moe.inter_size + block * 32 + 16 * h + lane] =

@@ -109,49 +109,73 @@ __device__ __forceinline__ void find_experts(Experts& experts, const Entries& en
   __syncthreads();
 }
 
+// What a warp of gate + up works on, found by each warp for itself, without a barrier.
+struct Expert {
+  int id;     // -1: this entry does not stand for an expert
+  int entry;  // of token lane % 8: where it first names the expert, -1: nowhere
+};
+
+__device__ __forceinline__ Expert find_expert(const Moe& moe, int entry) {
+  const int lane = threadIdx.x % 32, entries = moe.num_tokens * moe.top_k;
+  const int id = __ldcg(moe.topk_ids + entry);
+  int ids[kMaxEntries / 32];
+#pragma unroll
+  for (int w = 0; w < kMaxEntries / 32; ++w)
+    ids[w] = 32 * w + lane < entries ? __ldcg(moe.topk_ids + 32 * w + lane) : -1;
+  Expert expert = {-1, -1};
+  if ((unsigned)id >= (unsigned)moe.num_experts) return expert;
+  const int first = lane % kDecodeTokens * moe.top_k;  // of the lane's token
+  int earliest = -1;
+#pragma unroll
+  for (int w = 0; w < kMaxEntries / 32; ++w) {
+    unsigned named = __ballot_sync(~0u, ids[w] == id);
+    if (earliest < 0 && named != 0) earliest = 32 * w + __ffs(named) - 1;
+    int from = max(first - 32 * w, 0), to = min(first + moe.top_k - 32 * w, 32);
+    if (from >= to || expert.entry >= 0) continue;
+    unsigned own = named & (~0u << from) & (~0u >> (32 - to));
+    if (own != 0) expert.entry = 32 * w + __ffs(own) - 1;
+  }
+  if (earliest == entry) expert.id = id;
+  return expert;
+}
+
 struct UpWork {
   static constexpr bool kRouted = false, kFlush = false;
   static constexpr int outers = 1, first_group = 0;
   const Decode& args;
   Shared<1>& shared;
-  const Experts& experts;
+  Expert found;
   Tiled tiled;
   int groups;
 
-  __device__ __forceinline__ int expert(int) const { return experts.expert[0]; }
-  __device__ __forceinline__ int block(int) const { return experts.block; }
-  __device__ __forceinline__ bool has_token(int, int token) const {
-    return experts.entry[0][token] >= 0;
-  }
-  __device__ __forceinline__ void ready() const {}
+  __device__ __forceinline__ int expert(int) const { return found.id; }
+  __device__ __forceinline__ int block(int) const { return blockIdx.x; }
+  __device__ __forceinline__ bool has_token(int, int) const { return found.entry >= 0; }
+  __device__ __forceinline__ void ready() const { __syncthreads(); }  // the zeros are there
   __device__ __forceinline__ void stage(uint32_t slice, const Cursor& c) const {
     const int lane = thread_again() % 32;
-    int token = lane < kDecodeTokens && experts.entry[0][lane] >= 0 ? lane : -1;
-    stage_rows<1>(slice, args.moe.hidden, args.moe.hidden_size, token, c.group);
+    stage_rows<1>(slice, args.moe.hidden, args.moe.hidden_size,
+                  lane < kDecodeTokens && found.entry >= 0 ? lane : -1, c.group);
   }
   __device__ __forceinline__ void finish(int, const float (&total)[1][kRowTiles][4]) {
     write_act<1>(args.act, args.moe, blockIdx.x, total, shared,
-                 [&](int token) { return experts.entry[0][token]; });
+                 [&](int token) { return __shfl_sync(~0u, found.entry, token); });
   }
 };
 
 __global__ void __launch_bounds__(kThreads, 2) decode_up(const __grid_constant__ Decode args) {
   extern __shared__ __align__(16) uint8_t dynamic[];
   Shared<1>& shared = *(Shared<1>*)dynamic;
-  __shared__ Entries entries;
-  __shared__ Experts experts;
   const Moe& moe = args.moe;
   clear_zeros(shared);
 
   wait_for_previous_kernel();
-  load_entries(entries, moe);
+  let_next_kernel_start();
   if (blockIdx.x == 0 && blockIdx.y == 0)
     for (int i = threadIdx.x; i < moe.w2.blocks; i += kThreads) args.down.counter[i] = 0;
-  let_next_kernel_start();
-  __syncthreads();
-  find_experts(experts, entries, moe, blockIdx.y, 1);
-  if (experts.all == 0) return;
-  UpWork work = {args, shared, experts, moe.w13, moe.w13.groups};
+  Expert found = find_expert(moe, blockIdx.y);
+  if (found.id < 0) return;
+  UpWork work = {args, shared, found, moe.w13, moe.w13.groups};
   stream<1>(work, shared);
 }
 

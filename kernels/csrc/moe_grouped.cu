@@ -198,9 +198,10 @@ struct GroupDown : GroupWork<kTiles> {
     for (int n = 0; n < kTiles; ++n) {
       int pair = this->pair_of(outer, 8 * n + warp);
       float weight = pair < 0 ? 0.0f : __ldcg(args.moe.topk_weights + pair);
+      const Sums sums = exchange(this->shared.exchange, total[n]);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float v = weight * exchange(this->shared.exchange, total[n][h], total[n][h + 2]);
+        float v = weight * sums.tile[h];
         if (pair < 0) continue;
         int64_t at = (int64_t)pair * args.moe.hidden_size + this->block(outer) * kBlockRows +
                      16 * (h + 2 * (lane / 16)) + lane % 16;

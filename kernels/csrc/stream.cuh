@@ -9,7 +9,8 @@
 //   columns (tokens) 8 x kTiles  <-- B: ldmatrix from a slice of shared memory that the warp copied
 //                                       for itself: 128 k of its columns, and the item's 64 scales
 //
-// kDepth items are in flight per warp: a register is loaded again as soon as it has been consumed.
+// One item is in flight per warp: a register is loaded again as soon as it has been consumed. Two
+// items were slower: the registers that they take are needed to overlap the arithmetic.
 // Sums of a group stay in FP32 and are scaled there; weights are never rounded. The totals of the 8
 // warps are added through shared memory in a fixed order.
 #pragma once
@@ -31,7 +32,6 @@ template <int kTiles>
 struct Config {
   static_assert(kTiles == 1 || kTiles == 2 || kTiles == 4, "column tiles per pass");
   static constexpr int kColumns = 8 * kTiles;
-  static constexpr int kDepth = 1;
   static constexpr int kBlocksPerSm = kTiles == 1 ? 2 : 1;
 };
 
@@ -43,13 +43,12 @@ struct alignas(16) Slice {
 
 template <int kTiles>
 struct alignas(16) Shared {
-  Slice<kTiles> slice[kWarps][Config<kTiles>::kDepth];
+  Slice<kTiles> slice[kWarps];
   float exchange[kWarps * kWarpWords];
   uint4 zeros[kGroupSize * 2 / 16];  // the row of columns without a token
 };
-static_assert(
-    sizeof(Shared<1>) <= 45 * 1024 && sizeof(Shared<2>) <= 45 * 1024,
-    "two blocks, with their static tables, fit in the 100 KB of an sm_120 multiprocessor");
+static_assert(sizeof(Shared<1>) <= 45 * 1024,
+              "two blocks, with their static tables, fit in the 100 KB of an sm_120 multiprocessor");
 static_assert(sizeof(Shared<4>) <= 99 * 1024, "sm_120 gives a block 99 KB");
 
 // Where a warp is in its list of items: groups warp, warp + 8, ... of outer 0, then of outer 1, ...
@@ -85,22 +84,27 @@ __device__ __forceinline__ void stage_rows(uint32_t slice, const __nv_bfloat16* 
   }
 }
 
-// Sum over the warps of two row tiles. Warp c, lane r gets row r % 16 of tile r / 16, column c.
-__device__ __forceinline__ float exchange(float* words, const float (&tile0)[4],
-                                          const float (&tile1)[4]) {
+// Sums over the warps. Thread (warp c, lane r) gets two of column c: row r % 16 of row tiles
+// 2 (r / 16) and 2 (r / 16) + 1.
+struct Sums {
+  float tile[2];
+};
+__device__ __forceinline__ Sums exchange(float* words, const float (&total)[kRowTiles][4]) {
   const int thread = thread_again(), warp = thread / 32, lane = thread % 32;
   float* mine = words + warp * kWarpWords;
 #pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    mine[exchange_index(0, c, lane)] = tile0[c];
-    mine[exchange_index(1, c, lane)] = tile1[c];
-  }
-  __syncthreads();
-  float sum = 0.0f;
+  for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) sum += words[w * kWarpWords + exchange_index_of(lane, warp)];
+    for (int c = 0; c < 4; ++c) mine[exchange_index(r % 2, r / 2, c, lane)] = total[r][c];
   __syncthreads();
-  return sum;
+  Sums sums = {};
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      sums.tile[h] += words[w * kWarpWords + exchange_index_of(h, lane, warp)];
+  __syncthreads();
+  return sums;
 }
 
 // A Work says what a block streams:
@@ -121,7 +125,6 @@ __device__ __forceinline__ void clear_zeros(Shared<kTiles>& shared) {
 // Needs a barrier between clear_zeros and here.
 template <int kTiles, class Work>
 __device__ __forceinline__ void stream(Work& work, Shared<kTiles>& shared) {
-  constexpr int kDepth = Config<kTiles>::kDepth;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Tiled& tiled = work.tiled;
   const int stride = tiled.blocks * kTileBytes;  // from one k16 step to the next
@@ -141,42 +144,35 @@ __device__ __forceinline__ void stream(Work& work, Shared<kTiles>& shared) {
   auto tile_of = [&](const Cursor& c) {
     return tiled.weight + ((int64_t)c.index * kSteps + work.block(c.outer)) * kTileBytes + lane * 16;
   };
-  auto stage_scale = [&](Slice<kTiles>& slice, const Cursor& c) {
+  auto stage_scale = [&](const Cursor& c) {
     if (lane < kBlockRows / 8)
-      copy_async(shared_address(slice.scale) + 16 * lane,
+      copy_async(shared_address(shared.slice[warp].scale) + 16 * lane,
                  tiled.scale + ((int64_t)c.index + work.block(c.outer)) * kBlockRows + 8 * lane);
   };
 
-  uint4 slot[kDepth][kSteps];
+  uint4 slot[kSteps];
   float total[kTiles][kRowTiles][4] = {};
   const Unpack unpack;
+  Slice<kTiles>& slice = shared.slice[warp];
 
   Cursor next;
-  if (items > 0) start_outer(next, 0);
-#pragma unroll
-  for (int d = 0; d < kDepth; ++d) {
-    if (d >= items) break;
+  if (items > 0) {
+    start_outer(next, 0);
     const uint8_t* tile = tile_of(next);
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) load_once(slot[d][s], tile + s * stride);
-    stage_scale(shared.slice[warp][d], next);
+    for (int s = 0; s < kSteps; ++s) load_once(slot[s], tile + s * stride);
+    stage_scale(next);
+  }
+  work.ready();
+  if (items > 0) {
+    work.stage(shared_address(slice.rows), next);
     advance(next);
   }
-
-  work.ready();
-  if (items > 0) start_outer(next, 0);
-#pragma unroll
-  for (int d = 0; d < kDepth; ++d) {
-    if (d < items) {
-      work.stage(shared_address(shared.slice[warp][d].rows), next);
-      advance(next);
-    }
-    copy_commit();
-  }
+  copy_commit();
 
   int outer = 0, left = own_groups;
-  // Multiplies the item in slot d, with loads for the item after next in between where there is one.
-  auto multiply = [&](auto has_next, uint4 (&q)[kSteps], Slice<kTiles>& slice) {
+  // Multiplies the item that is in `slot`, and loads the next one there step by step.
+  auto multiply = [&](auto has_next) {
     const uint8_t* tile = nullptr;
     if constexpr (decltype(has_next)::value) tile = tile_of(next);
     float sum[kTiles][kRowTiles][4] = {};
@@ -195,7 +191,7 @@ __device__ __forceinline__ void stream(Work& work, Shared<kTiles>& shared) {
       for (int n = 0; n < kTiles; ++n) load_b(b[n], b_address[n] + s * 32);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint32_t words[kRowTiles] = {q[s + half].x, q[s + half].y, q[s + half].z, q[s + half].w};
+        const uint32_t words[kRowTiles] = {slot[s + half].x, slot[s + half].y, slot[s + half].z, slot[s + half].w};
 #pragma unroll
         for (int r = 0; r < kRowTiles; ++r) {
           uint32_t a[4];
@@ -206,7 +202,7 @@ __device__ __forceinline__ void stream(Work& work, Shared<kTiles>& shared) {
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) mma(offset[n], minus, b[n][2 * half], b[n][2 * half + 1]);
         if constexpr (decltype(has_next)::value) {
-          load_once(q[s + half], tile);
+          load_once(slot[s + half], tile);
           tile += stride;
         }
       }
@@ -236,27 +232,22 @@ __device__ __forceinline__ void stream(Work& work, Shared<kTiles>& shared) {
         for (int c = 0; c < 4; ++c) total[n][r][c] = 0.0f;
   };
 
-  for (int item = 0; item < items; item += kDepth) {
-#pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
-      if (d > 0 && item + d >= items) break;
-      copy_wait<kDepth - 1>();
-      __syncwarp();
-      Slice<kTiles>& slice = shared.slice[warp][d];
-      if (item + d + kDepth < items) {
-        multiply(std::true_type{}, slot[d], slice);
-        stage_scale(slice, next);
-        work.stage(shared_address(slice.rows), next);
-        advance(next);
-      } else {
-        multiply(std::false_type{}, slot[d], slice);
-      }
+  for (int item = 0; item < items; ++item) {
+    copy_wait<0>();
+    __syncwarp();
+    if (item + 1 < items) {
+      multiply(std::true_type{});
+      stage_scale(next);
+      work.stage(shared_address(slice.rows), next);
       copy_commit();
-      if (--left == 0) {
-        if constexpr (Work::kFlush) finish_outer();
-        ++outer;
-        left = own_groups;
-      }
+      advance(next);
+    } else {
+      multiply(std::false_type{});
+    }
+    if (--left == 0) {
+      if constexpr (Work::kFlush) finish_outer();
+      ++outer;
+      left = own_groups;
     }
   }
   if constexpr (Work::kFlush) {
@@ -283,10 +274,11 @@ __device__ __forceinline__ void write_split(const Split& to, int block, int spli
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float* partial = to.partial + (int64_t)block * to.splits * to.columns * kBlockRows;
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n)
+  for (int n = 0; n < kTiles; ++n) {
+    const Sums sums = exchange(shared.exchange, total[n]);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float v = exchange(shared.exchange, total[n][h], total[n][h + 2]);
+      float v = sums.tile[h];
       int row = 16 * (h + 2 * (lane / 16)) + lane % 16, column = first_column + 8 * n + warp;
       if (column >= to.columns) continue;
       if (to.splits == 1)
@@ -294,6 +286,7 @@ __device__ __forceinline__ void write_split(const Split& to, int block, int spli
       else
         partial[((int64_t)split * to.columns + column) * kBlockRows + row] = v;
     }
+  }
   if (to.splits == 1) return;
 
   __shared__ bool is_last;
