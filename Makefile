@@ -15,7 +15,8 @@ GPU_PYTHON ?= $(PY)
 PROFILE ?= cpu-tiny
 PORT ?= 8000
 
-.PHONY: help setup demo test test-gpu lint patches-check patches-mutation serve tiny-train clean
+.PHONY: help setup demo kernels kernels-report test test-gpu bench-kernels lint patches-check \
+	patches-mutation serve tiny-train clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -26,19 +27,31 @@ setup: ## make .venv: the CPU engine at its pin, patched, and this project
 	@touch $(STAMP)
 
 # The other targets set up when something that setup reads has changed.
-$(STAMP): $(wildcard requirements/*.txt patches/series patches/*.patch) patches/vllm.lock \
-		pyproject.toml scripts/setup_env.py
+CUDA_LOCKS := requirements/nvcc.txt requirements/cuobjdump.txt
+$(STAMP): $(filter-out $(CUDA_LOCKS),$(wildcard requirements/*.txt)) patches/vllm.lock \
+		$(wildcard patches/series patches/*.patch) pyproject.toml scripts/setup_env.py
 	@$(MAKE) setup
 
 demo: $(STAMP) ## lose the tiny model's MTP head, put it back with GPTQ, compare, print a table
 	@$(PY) -m bench.demo
 
+# Needs nothing of setup; without nvcc on PATH it installs the one that requirements/nvcc.txt locks.
+kernels: ## compile the CUDA kernels into build/kernels
+	@$(PYTHON) -m kernels.build --install
+
+kernels-report: kernels ## what each kernel uses: registers, shared memory, loads; fails on a spill
+	@$(PYTHON) -m kernels.report --install
+
 test: $(STAMP) ## every test that needs no GPU
 	@$(PY) -m pytest -q -m "not gpu"
 
 # On a GPU host vLLM's CUDA wheel is installed otherwise: GPU_PYTHON=python3.
-test-gpu: $(if $(filter $(PY),$(GPU_PYTHON)),$(STAMP)) ## the tests that need a CUDA device
+GPU_STAMP := $(if $(filter $(PY),$(GPU_PYTHON)),$(STAMP))
+test-gpu: $(GPU_STAMP) kernels ## the tests that need a CUDA device
 	@$(GPU_PYTHON) -m pytest -q -m gpu
+
+bench-kernels: $(GPU_STAMP) kernels ## time our kernels beside Marlin on this GPU
+	@$(GPU_PYTHON) -m bench.kernels
 
 lint: $(STAMP) ## ruff, formatting, patch headers
 	@$(PY) -m ruff check .

@@ -14,7 +14,7 @@ namespace dsv4 {
 namespace {
 
 constexpr int kMaxSplits = 8;
-constexpr int kMaxSplitRows = Config<4>::kColumns;
+constexpr int kMaxSplitRows = Config<2>::kColumns;
 
 struct Gemm {
   const __nv_bfloat16* a;
@@ -51,8 +51,9 @@ struct GemmWork {
     stage_rows<kTiles>(slice, args.a, args.size_k,
                        lane < Config<kTiles>::kColumns ? row_of(lane) : -1, first_group + c.group);
   }
-  __device__ __forceinline__ void finish(int, const float (&total)[kTiles][kRowTiles][4]) {
-    write_split<kTiles>(args.out, blockIdx.x, blockIdx.y, part.first_row, total, shared);
+  __device__ __forceinline__ void finish(int, const float (&total)[kTiles][kRowTiles][4],
+                                         const Exchange<kTiles>& exchange) {
+    write_split<kTiles>(args.out, blockIdx.x, blockIdx.y, part.first_row, total, exchange);
   }
 };
 
@@ -116,7 +117,7 @@ cudaError_t run_tiles(Gemm& args, cudaStream_t stream) {
 
 bool is_supported(int32_t size_m, int32_t size_n, int32_t size_k) {
   constexpr int kMaxChunks = 65535;  // of a grid's z
-  return size_m >= 0 && size_m <= kMaxChunks * Config<4>::kColumns && size_n > 0 &&
+  return size_m >= 0 && size_m <= kMaxChunks * Config<2>::kColumns && size_n > 0 &&
          size_n % kBlockRows == 0 && size_k > 0 && size_k % kGroupSize == 0 &&
          // a k16 step's stride times the steps of a group, in an int
          (int64_t)size_n / kBlockRows * kTileBytes * kSteps <= INT32_MAX;
@@ -142,6 +143,5 @@ extern "C" int dsv4_gemm(const Dsv4GemmArgs* args, void* stream) {
   dsv4::Pieces pieces = {(char*)args->workspace};
   dsv4::Gemm gemm = dsv4::lay_out(*args, pieces);
   if (args->size_m <= 8) return dsv4::run_tiles<1>(gemm, (cudaStream_t)stream);
-  if (args->size_m <= 16) return dsv4::run_tiles<2>(gemm, (cudaStream_t)stream);
-  return dsv4::run_tiles<4>(gemm, (cudaStream_t)stream);
+  return dsv4::run_tiles<2>(gemm, (cudaStream_t)stream);
 }

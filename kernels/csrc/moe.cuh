@@ -44,12 +44,12 @@ inline Moe make_moe(const Dsv4MoeArgs& a) {
 template <int kTiles, class ActRow>
 __device__ __forceinline__ void write_act(__nv_bfloat16* act, const Moe& moe, int block,
                                           const float (&total)[kTiles][kRowTiles][4],
-                                          Shared<kTiles>& shared, ActRow act_row) {
+                                          const Exchange<kTiles>& exchange, ActRow act_row) {
   const int thread = thread_again(), warp = thread / 32, lane = thread % 32;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
     int row = act_row(8 * n + warp);
-    const Sums sums = exchange(shared.exchange, total[n]);
+    const Sums sums = exchange(total[n]);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float v = sums.tile[h];

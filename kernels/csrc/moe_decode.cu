@@ -157,8 +157,9 @@ struct UpWork {
     stage_rows<1>(slice, args.moe.hidden, args.moe.hidden_size,
                   lane < kDecodeTokens && found.entry >= 0 ? lane : -1, c.group);
   }
-  __device__ __forceinline__ void finish(int, const float (&total)[1][kRowTiles][4]) {
-    write_act<1>(args.act, args.moe, blockIdx.x, total, shared,
+  __device__ __forceinline__ void finish(int, const float (&total)[1][kRowTiles][4],
+                                         const Exchange<1>& exchange) {
+    write_act<1>(args.act, args.moe, blockIdx.x, total, exchange,
                  [&](int token) { return __shfl_sync(~0u, found.entry, token); });
   }
 };
@@ -206,8 +207,9 @@ struct DownWork {
     int row = lane < kDecodeTokens ? experts.entry[c.outer][lane] : -1;
     stage_rows<1>(slice, args.act, args.moe.inter_size, row, c.group);
   }
-  __device__ __forceinline__ void finish(int, const float (&total)[1][kRowTiles][4]) {
-    write_split<1>(args.down, blockIdx.x, blockIdx.y, 0, total, shared);
+  __device__ __forceinline__ void finish(int, const float (&total)[1][kRowTiles][4],
+                                         const Exchange<1>& exchange) {
+    write_split<1>(args.down, blockIdx.x, blockIdx.y, 0, total, exchange);
   }
 };
 

@@ -19,7 +19,7 @@ namespace {
 constexpr int kSortThreads = 1024;
 static_assert(kMaxExperts <= kSortThreads, "a thread per expert");
 // Row blocks per block: about 128 KB of weights for it to stream at DeepSeek's sizes.
-constexpr int kUpRows = 1, kDownRows = 4;
+constexpr int kUpRows = 1, kDownRows = 4;  // row_bits knows these
 // Down's rows are FP32 up to here, and BF16 beyond, where FP32 would be most of the traffic and of
 // the workspace.
 constexpr int kFloatTokens = 256;
@@ -96,7 +96,7 @@ __device__ __forceinline__ Group load_group(const Group* g) {
 template <int kTiles>
 struct Job {
   Group group;
-  int first_block, chunks, outers;
+  int first_block, row_bits, outers;  // 1 << row_bits row blocks
   int pairs[Config<kTiles>::kColumns];  // of chunk 0
 };
 
@@ -109,14 +109,16 @@ __device__ __forceinline__ bool take_job(Job<kTiles>& job, const Grouped& args, 
   if (threadIdx.x == 0) {
     job.group = group;
     job.first_block = blockIdx.x * rows;
-    job.chunks = (group.count + Config<kTiles>::kColumns - 1) / Config<kTiles>::kColumns;
-    job.outers = min(rows, tiled.blocks - job.first_block) * job.chunks;
+    // Blocks are even in number, so the last block of threads has 2 where others have 4.
+    job.row_bits = rows == 1 ? 0 : tiled.blocks - job.first_block >= 4 ? 2 : 1;
+    job.outers = (group.count + Config<kTiles>::kColumns - 1) / Config<kTiles>::kColumns
+                 << job.row_bits;
   }
   __syncthreads();
   return true;
 }
 
-template <int kTiles>
+template <int kTiles, int kRows>
 struct GroupWork {
   static constexpr bool kRouted = false, kFlush = true;
   static constexpr int kColumns = Config<kTiles>::kColumns;
@@ -137,13 +139,14 @@ struct GroupWork {
         outers(job.outers),
         groups(tiled.groups) {}
 
-  // An outer is (row block, chunk of columns).
+  // An outer is (chunk of columns, row block).
   __device__ __forceinline__ int expert(int) const { return job.group.expert; }
   __device__ __forceinline__ int block(int outer) const {
-    return job.first_block + (job.chunks == 1 ? outer : outer / job.chunks);
+    if constexpr (kRows == 1) return job.first_block;
+    return job.first_block + (outer & ((1 << job.row_bits) - 1));
   }
   __device__ __forceinline__ int first_column(int outer) const {
-    return job.chunks == 1 ? 0 : outer % job.chunks * kColumns;
+    return (kRows == 1 ? outer : outer >> job.row_bits) * kColumns;
   }
   __device__ __forceinline__ bool has_token(int outer, int column) const {
     return first_column(outer) + column < job.group.count;
@@ -165,23 +168,24 @@ struct GroupWork {
 };
 
 template <int kTiles>
-struct GroupUp : GroupWork<kTiles> {
-  using GroupWork<kTiles>::GroupWork;
+struct GroupUp : GroupWork<kTiles, kUpRows> {
+  using GroupWork<kTiles, kUpRows>::GroupWork;
   __device__ __forceinline__ void ready() { this->load_pairs(); }
   __device__ __forceinline__ void stage(uint32_t slice, const Cursor& c) {
     int pair = this->lane_pair(c.outer);
     stage_rows<kTiles>(slice, this->args.moe.hidden, this->args.moe.hidden_size,
                        pair < 0 ? -1 : pair / this->args.moe.top_k, c.group);
   }
-  __device__ __forceinline__ void finish(int outer, const float (&total)[kTiles][kRowTiles][4]) {
-    write_act<kTiles>(this->args.act, this->args.moe, this->block(outer), total, this->shared,
+  __device__ __forceinline__ void finish(int outer, const float (&total)[kTiles][kRowTiles][4],
+                                         const Exchange<kTiles>& exchange) {
+    write_act<kTiles>(this->args.act, this->args.moe, this->block(outer), total, exchange,
                       [&](int column) { return this->pair_of(outer, column); });
   }
 };
 
 template <int kTiles>
-struct GroupDown : GroupWork<kTiles> {
-  using GroupWork<kTiles>::GroupWork;
+struct GroupDown : GroupWork<kTiles, kDownRows> {
+  using GroupWork<kTiles, kDownRows>::GroupWork;
   __device__ __forceinline__ void ready() {
     wait_for_previous_kernel();
     let_next_kernel_start();
@@ -191,14 +195,15 @@ struct GroupDown : GroupWork<kTiles> {
     stage_rows<kTiles>(slice, this->args.act, this->args.moe.inter_size, this->lane_pair(c.outer),
                        c.group);
   }
-  __device__ __forceinline__ void finish(int outer, const float (&total)[kTiles][kRowTiles][4]) {
+  __device__ __forceinline__ void finish(int outer, const float (&total)[kTiles][kRowTiles][4],
+                                         const Exchange<kTiles>& exchange) {
     const Grouped& args = this->args;
     const int thread = thread_again(), warp = thread / 32, lane = thread % 32;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       int pair = this->pair_of(outer, 8 * n + warp);
       float weight = pair < 0 ? 0.0f : __ldcg(args.moe.topk_weights + pair);
-      const Sums sums = exchange(this->shared.exchange, total[n]);
+      const Sums sums = exchange(total[n]);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float v = weight * sums.tile[h];
@@ -329,10 +334,8 @@ cudaError_t run_grouped(const Moe& moe, void* workspace, cudaStream_t stream) {
   int64_t pairs = args.num_pairs, experts = moe.num_experts;
   if (pairs <= 4 * experts)
     error = run_tiles<1>(args, stream);
-  else if (pairs <= 12 * experts)
-    error = run_tiles<2>(args, stream);
   else
-    error = run_tiles<4>(args, stream);
+    error = run_tiles<2>(args, stream);
   if (error != cudaSuccess) return error;
 
   dim3 grid(moe.num_tokens, divide_up(moe.hidden_size, 8 * kThreads));

@@ -27,10 +27,10 @@ struct Tiled {
   int blocks;  // rows / 64
 };
 
-// Depth and occupancy by column tiles: what fits in the registers without spilling.
+// Occupancy by column tiles: what the registers allow without spilling.
 template <int kTiles>
 struct Config {
-  static_assert(kTiles == 1 || kTiles == 2 || kTiles == 4, "column tiles per pass");
+  static_assert(kTiles == 1 || kTiles == 2, "column tiles per pass");
   static constexpr int kColumns = 8 * kTiles;
   static constexpr int kBlocksPerSm = kTiles == 1 ? 2 : 1;
 };
@@ -43,13 +43,13 @@ struct alignas(16) Slice {
 
 template <int kTiles>
 struct alignas(16) Shared {
-  Slice<kTiles> slice[kWarps];
-  float exchange[kWarps * kWarpWords];
+  Slice<kTiles> slice[kWarps][2];  // one is multiplied while the other is filled
   uint4 zeros[kGroupSize * 2 / 16];  // the row of columns without a token
 };
+static_assert(sizeof(Slice<1>) >= kWarpWords * sizeof(float), "a slice holds an exchange");
 static_assert(sizeof(Shared<1>) <= 45 * 1024,
               "two blocks, with their static tables, fit in the 100 KB of an sm_120 multiprocessor");
-static_assert(sizeof(Shared<4>) <= 99 * 1024, "sm_120 gives a block 99 KB");
+static_assert(sizeof(Shared<2>) <= 99 * 1024, "sm_120 gives a block 99 KB");
 
 // Where a warp is in its list of items: groups warp, warp + 8, ... of outer 0, then of outer 1, ...
 // `outer` counts what the kernel walks through besides k.
@@ -57,6 +57,11 @@ struct Cursor {
   int outer, group;
   int index;  // of (expert, group, row block 0) in [expert][group][row block]
 };
+
+// Items of an outer that a warp has.
+__device__ __forceinline__ int own_groups(int groups, int warp) {
+  return (groups - warp + kWarps - 1) / kWarps;
+}
 
 // threadIdx.x where it is used once in a while: what is computed from it is not kept in registers
 // through the loop.
@@ -89,23 +94,33 @@ __device__ __forceinline__ void stage_rows(uint32_t slice, const __nv_bfloat16* 
 struct Sums {
   float tile[2];
 };
-__device__ __forceinline__ Sums exchange(float* words, const float (&total)[kRowTiles][4]) {
-  const int thread = thread_again(), warp = thread / 32, lane = thread % 32;
-  float* mine = words + warp * kWarpWords;
+// The warps meet in their slices: each uses the one that it multiplied last.
+template <int kTiles>
+struct Exchange {
+  Shared<kTiles>& shared;
+  int groups, outers;  // finished
+
+  __device__ __forceinline__ float* words(int warp) const {
+    const int items = own_groups(groups, warp) * outers;
+    return (float*)&shared.slice[warp][(items - 1) & 1];
+  }
+  __device__ __forceinline__ Sums operator()(const float (&total)[kRowTiles][4]) const {
+    const int thread = thread_again(), warp = thread / 32, lane = thread % 32;
+    float* mine = words(warp);
 #pragma unroll
-  for (int r = 0; r < kRowTiles; ++r)
+    for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
-    for (int c = 0; c < 4; ++c) mine[exchange_index(r % 2, r / 2, c, lane)] = total[r][c];
-  __syncthreads();
-  Sums sums = {};
+      for (int c = 0; c < 4; ++c) mine[exchange_index(r % 2, r / 2, c, lane)] = total[r][c];
+    __syncthreads();
+    Sums sums = {};
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w)
+    for (int w = 0; w < kWarps; ++w)
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
-      sums.tile[h] += words[w * kWarpWords + exchange_index_of(h, lane, warp)];
-  __syncthreads();
-  return sums;
-}
+      for (int h = 0; h < 2; ++h) sums.tile[h] += words(w)[exchange_index_of(h, lane, warp)];
+    __syncthreads();
+    return sums;
+  }
+};
 
 // A Work says what a block streams:
 //   kRouted           whether columns have a weight per outer; then float2 route(outer, lane)
@@ -116,7 +131,7 @@ __device__ __forceinline__ Sums exchange(float* words, const float (&total)[kRow
 //   ready()           called between the first weight loads and the first activation
 //   stage(slice, cursor)  copies the activations of an item
 //   has_token(outer, column)  whether stage copies that column
-//   finish(outer, total)  takes the totals of this warp; called by all warps
+//   finish(outer, total, exchange)  takes the totals of this warp; called by all warps
 template <int kTiles>
 __device__ __forceinline__ void clear_zeros(Shared<kTiles>& shared) {
   if (threadIdx.x < kGroupSize * 2 / 16) shared.zeros[threadIdx.x] = make_uint4(0, 0, 0, 0);
@@ -128,51 +143,55 @@ __device__ __forceinline__ void stream(Work& work, Shared<kTiles>& shared) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Tiled& tiled = work.tiled;
   const int stride = tiled.blocks * kTileBytes;  // from one k16 step to the next
-  const int own_groups = (work.groups - warp + kWarps - 1) / kWarps;  // of an outer
-  const int items = own_groups * work.outers;
+  const bool has_items = warp < work.groups && work.outers > 0;
 
   auto start_outer = [&](Cursor& c, int outer) {
     c.outer = outer;
     c.group = warp;
     c.index = (work.expert(outer) * tiled.groups + work.first_group + warp) * tiled.blocks;
   };
+  // At the end of the list, outer is work.outers.
   auto advance = [&](Cursor& c) {
     c.group += kWarps;
     c.index += kWarps * tiled.blocks;
-    if (c.group >= work.groups && c.outer + 1 < work.outers) start_outer(c, c.outer + 1);
+    if (c.group < work.groups) return;
+    if (c.outer + 1 < work.outers)
+      start_outer(c, c.outer + 1);
+    else
+      c.outer = work.outers;
   };
   auto tile_of = [&](const Cursor& c) {
     return tiled.weight + ((int64_t)c.index * kSteps + work.block(c.outer)) * kTileBytes + lane * 16;
   };
-  auto stage_scale = [&](const Cursor& c) {
+  auto stage_scale = [&](Slice<kTiles>& slice, const Cursor& c) {
     if (lane < kBlockRows / 8)
-      copy_async(shared_address(shared.slice[warp].scale) + 16 * lane,
+      copy_async(shared_address(slice.scale) + 16 * lane,
                  tiled.scale + ((int64_t)c.index + work.block(c.outer)) * kBlockRows + 8 * lane);
   };
 
   uint4 slot[kSteps];
   float total[kTiles][kRowTiles][4] = {};
   const Unpack unpack;
-  Slice<kTiles>& slice = shared.slice[warp];
+  Slice<kTiles>* slices = shared.slice[warp];
 
   Cursor next;
-  if (items > 0) {
+  if (has_items) {
     start_outer(next, 0);
     const uint8_t* tile = tile_of(next);
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) load_once(slot[s], tile + s * stride);
-    stage_scale(next);
+    stage_scale(slices[0], next);
   }
   work.ready();
-  if (items > 0) {
-    work.stage(shared_address(slice.rows), next);
+  if (has_items) {
+    work.stage(shared_address(slices[0].rows), next);
     advance(next);
   }
   copy_commit();
 
-  int outer = 0, left = own_groups;
+  int outer = 0, turn = 0;  // slices[turn] is multiplied
   // Multiplies the item that is in `slot`, and loads the next one there step by step.
-  auto multiply = [&](auto has_next) {
+  auto multiply = [&](auto has_next, Slice<kTiles>& slice) {
     const uint8_t* tile = nullptr;
     if constexpr (decltype(has_next)::value) tile = tile_of(next);
     float sum[kTiles][kRowTiles][4] = {};
@@ -223,7 +242,7 @@ __device__ __forceinline__ void stream(Work& work, Shared<kTiles>& shared) {
     __syncwarp();  // all lanes have read the slice
   };
   auto finish_outer = [&] {
-    work.finish(outer, total);
+    work.finish(outer, total, Exchange<kTiles>{shared, work.groups, outer + 1});
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
@@ -232,28 +251,30 @@ __device__ __forceinline__ void stream(Work& work, Shared<kTiles>& shared) {
         for (int c = 0; c < 4; ++c) total[n][r][c] = 0.0f;
   };
 
-  for (int item = 0; item < items; ++item) {
+  while (has_items && outer < work.outers) {
     copy_wait<0>();
     __syncwarp();
-    if (item + 1 < items) {
-      multiply(std::true_type{});
-      stage_scale(next);
-      work.stage(shared_address(slice.rows), next);
+    Slice<kTiles>& slice = slices[turn];
+    turn ^= 1;
+    bool ends = true;  // whether this is the last item of its outer
+    if (next.outer < work.outers) {
+      ends = next.outer != outer;
+      stage_scale(slices[turn], next);
+      work.stage(shared_address(slices[turn].rows), next);
       copy_commit();
+      multiply(std::true_type{}, slice);
       advance(next);
     } else {
-      multiply(std::false_type{});
+      multiply(std::false_type{}, slice);
     }
-    if (--left == 0) {
-      if constexpr (Work::kFlush) finish_outer();
-      ++outer;
-      left = own_groups;
-    }
+    if (!ends) continue;
+    if constexpr (Work::kFlush) finish_outer();
+    ++outer;
   }
   if constexpr (Work::kFlush) {
-    for (; own_groups <= 0 && outer < work.outers; ++outer) finish_outer();  // no group, but barriers
+    for (; outer < work.outers; ++outer) finish_outer();  // a warp without items: its barriers
   } else {
-    work.finish(0, total);
+    work.finish(0, total, Exchange<kTiles>{shared, work.groups, work.outers});
   }
 }
 
@@ -270,12 +291,12 @@ struct Split {
 template <int kTiles>
 __device__ __forceinline__ void write_split(const Split& to, int block, int split, int first_column,
                                             const float (&total)[kTiles][kRowTiles][4],
-                                            Shared<kTiles>& shared) {
+                                            const Exchange<kTiles>& exchange) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float* partial = to.partial + (int64_t)block * to.splits * to.columns * kBlockRows;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
-    const Sums sums = exchange(shared.exchange, total[n]);
+    const Sums sums = exchange(total[n]);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float v = sums.tile[h];
