@@ -245,7 +245,7 @@ def provenance(device: str, commit: str | None) -> dict[str, object]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(Path(a).name if "/" in a else a for a in sys.argv),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -258,13 +258,17 @@ def main(argv: list[str] | None = None) -> int:
         kind = int if default is None else type(default)
         parser.add_argument("--" + name.replace("_", "-"), type=kind, default=default)
     parser.add_argument("--out", type=Path, help="JSON, written after each step")
+    parser.add_argument("--memory-cap-gb", type=float, help="more of the card than this is refused")
     parser.add_argument("--commit", help="recorded; asked from git when absent")
     options = vars(parser.parse_args(argv))
-    out, commit = options.pop("out"), options.pop("commit")
+    out, commit, cap_gb = (options.pop(name) for name in ("out", "commit", "memory_cap_gb"))
     try:
         config = BlockConfig(**options)
     except ValueError as error:
         parser.error(str(error))
+    if cap_gb is not None:
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap_gb * 1e9 / total))
     with torch.inference_mode():
         report = run(config, out, commit)
     print(json.dumps({k: report[k] for k in report if k not in ("loads", "settings")}, indent=1))

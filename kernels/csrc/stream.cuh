@@ -251,31 +251,26 @@ __device__ __forceinline__ void stream(Work& work, Shared<kTiles>& shared) {
         for (int c = 0; c < 4; ++c) total[n][r][c] = 0.0f;
   };
 
-  while (has_items && outer < work.outers) {
-    copy_wait<0>();
-    __syncwarp();
-    Slice<kTiles>& slice = slices[turn];
-    turn ^= 1;
-    bool ends = true;  // whether this is the last item of its outer
-    if (next.outer < work.outers) {
-      ends = next.outer != outer;
-      stage_scale(slices[turn], next);
-      work.stage(shared_address(slices[turn].rows), next);
-      copy_commit();
-      multiply(std::true_type{}, slice);
-      advance(next);
-    } else {
-      multiply(std::false_type{}, slice);
+  for (; outer < work.outers; ++outer) {
+    for (int group = warp; group < work.groups; group += kWarps) {
+      copy_wait<0>();
+      __syncwarp();
+      Slice<kTiles>& slice = slices[turn];
+      turn ^= 1;
+      if (next.outer < work.outers) {
+        stage_scale(slices[turn], next);
+        work.stage(shared_address(slices[turn].rows), next);
+        copy_commit();
+        multiply(std::true_type{}, slice);
+        advance(next);
+      } else {
+        multiply(std::false_type{}, slice);
+      }
     }
-    if (!ends) continue;
-    if constexpr (Work::kFlush) finish_outer();
-    ++outer;
+    if constexpr (Work::kFlush) finish_outer();  // the warps without items too: it has barriers
   }
-  if constexpr (Work::kFlush) {
-    for (; outer < work.outers; ++outer) finish_outer();  // a warp without items: its barriers
-  } else {
+  if constexpr (!Work::kFlush)
     work.finish(0, total, Exchange<kTiles>{shared, work.groups, work.outers});
-  }
 }
 
 // Writes a block's sums: straight to `out` when the split is 1, else as partial sums, of which the
