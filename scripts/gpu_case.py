@@ -20,7 +20,7 @@ import time
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,24 +43,37 @@ LAYER_KINDS = {0: "window", 4: "csa", 128: "hca"}
 
 @dataclass(frozen=True)
 class Case:
-    """One life of the engine. k: speculative tokens; tiny: the trained checkpoint instead."""
+    """One life of the engine.
+
+    Attributes:
+        k: speculative tokens.
+        tiny: the trained checkpoint instead.
+        moe_backend: of the experts, as vLLM names it.
+    """
 
     k: int
     eager: bool = False
     long_prompt: bool = False
     profile: bool = False
     tiny: bool = False
+    # What vLLM takes on sm_120 without us; on sm_90 it would take Humming, which unpacks a layer to
+    # int32.
+    moe_backend: str = "marlin"
 
 
+OURS = "external"  # moe_backend of our experts
 CASES: dict[str, Case] = {
-    "graphs-k0": Case(0, long_prompt=True),
-    "graphs-k1": Case(1, long_prompt=True),
+    "graphs-k0": Case(0, long_prompt=True, profile=True),
+    "graphs-k1": Case(1, long_prompt=True, profile=True),
+    # The same with our experts: what they change.
+    "ours-k0": Case(0, long_prompt=True, profile=True, moe_backend=OURS),
+    "ours-k1": Case(1, long_prompt=True, profile=True, moe_backend=OURS),
     "graphs-k2": Case(2),
     "graphs-k3": Case(3),
     "eager-k0": Case(0, eager=True, profile=True),
     "eager-k1": Case(1, eager=True, profile=True),
-    "tiny-k0": Case(0, eager=True, tiny=True),
-    "tiny-k1": Case(1, eager=True, tiny=True),
+    "tiny-k0": Case(0, eager=True, tiny=True, moe_backend="auto"),
+    "tiny-k1": Case(1, eager=True, tiny=True, moe_backend="auto"),
 }
 
 
@@ -88,8 +101,7 @@ def start_engine(case: Case, checkpoint: Path) -> Any:
         kv_cache_dtype="fp8",
         gpu_memory_utilization=0.2,
         kv_cache_memory_bytes=KV_CACHE_BYTES,
-        # What vLLM takes on sm_120; on sm_90 it would take Humming, which unpacks a layer to int32.
-        moe_backend="auto" if case.tiny else "marlin",
+        moe_backend=case.moe_backend,
         enable_prefix_caching=False,
         speculative_config=speculative,
         disable_log_stats=False,
@@ -209,26 +221,32 @@ def scopes(models: list[Any], decode_tokens: int) -> Iterator[None]:
             handle.remove()
 
 
-def profile_steps(llm: Any, k: int, vocab_size: int) -> dict[str, Any]:
-    """GPU time by kind of layer, and of the slowest kernels, in decode steps of one request."""
+def profile_steps(llm: Any, case: Case, vocab_size: int) -> dict[str, Any]:
+    """GPU time in decode steps of one request: of the slowest kernels, and by kind of layer when
+    eager, of what CUDA graphs launched when not. `steps` counts those that decode."""
     from torch.profiler import ProfilerActivity, profile
 
-    prompts = [prompt_ids(2300, 7, vocab_size)]
+    k, prompts = case.k, [prompt_ids(2300, 7, vocab_size)]
     generate(llm, prompts, 8)
-    with (
-        scopes(llm.collective_rpc(models_of)[0], decode_tokens=(1 + k) * 2),
-        profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler,
-    ):
+    # Hooks do not run inside graphs.
+    by_kind = (
+        scopes(llm.collective_rpc(models_of)[0], decode_tokens=(1 + k) * 2)
+        if case.eager
+        else nullcontext()
+    )
+    before = counters(llm) if k else {}
+    with by_kind, profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         generate(llm, prompts, PROFILE_STEPS * (1 + k))
+    steps = accepted(before, counters(llm))["num_drafts"] if k else PROFILE_STEPS - 1
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         text = path.read_text(errors="replace")
-    return read_trace(json.loads(text, strict=False)["traceEvents"])
+    return {"steps": steps, **read_trace(json.loads(text, strict=False)["traceEvents"])}
 
 
 def read_trace(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """GPU time of each scope by the moment at which its kernels were launched.
+    """GPU time of each scope by the moment at which its kernels were launched, and in graphs.
 
     `key_averages` would leave out what no operator of PyTorch launched: Triton, TileLang, DeepGEMM.
 
@@ -238,11 +256,14 @@ def read_trace(events: list[dict[str, Any]]) -> dict[str, Any]:
         RuntimeError: no kernel was recorded.
     """
     launched_at: dict[int, float] = {}
+    graph_launches: set[int] = set()
     kernels, spans = [], defaultdict(list)
     for event in events:
         category, arguments = event.get("cat"), event.get("args", {})
         if category in ("cuda_runtime", "cuda_driver") and "correlation" in arguments:
             launched_at.setdefault(arguments["correlation"], event["ts"])
+            if "GraphLaunch" in event["name"]:
+                graph_launches.add(arguments["correlation"])
         elif category in ("kernel", "gpu_memcpy", "gpu_memset"):
             kernels.append((event["name"], event["dur"], arguments.get("correlation")))
         elif category == "user_annotation":
@@ -254,11 +275,14 @@ def read_trace(events: list[dict[str, Any]]) -> dict[str, Any]:
     calls = Counter(name for rows in spans.values() for _, _, name in rows)
     inside: Counter[str] = Counter()
     by_kernel: dict[str, list[float]] = defaultdict(list)
+    in_graphs: Counter[str] = Counter()
     starts = {part: [start for start, _, _ in sorted(rows)] for part, rows in spans.items()}
     ordered = {part: sorted(rows) for part, rows in spans.items()}
     unplaced = 0.0
     for name, duration, correlation in kernels:
         by_kernel[name].append(duration)
+        if correlation in graph_launches:
+            in_graphs[name[:160]] += duration
         launch = launched_at.get(correlation)
         if launch is None:
             unplaced += duration
@@ -278,6 +302,7 @@ def read_trace(events: list[dict[str, Any]]) -> dict[str, Any]:
         "kernels": [
             {"name": name[:160], "calls": len(times), "us": sum(times)} for name, times in slowest
         ],
+        "us_in_graphs": dict(in_graphs.most_common()),
     }
 
 
@@ -366,7 +391,7 @@ def run_case(
     if case.long_prompt:
         parts["long"] = lambda: {"long": measure_long(llm, vocab_size)}
     if case.profile:
-        parts["profile"] = lambda: {"profile": profile_steps(llm, case.k, vocab_size)}
+        parts["profile"] = lambda: {"profile": profile_steps(llm, case, vocab_size)}
     (out / f"{name}.ready").touch()
     wait_for(beside, out)
     with (out / "measuring.lock").open("w") as lock:

@@ -9,9 +9,10 @@
 Each case is one life of the engine (`gpu_case.py`) and writes OUT/CASE.json, so that the cases may
 be spread over several commands; `report` judges what is there. `--together 2` starts two engines at
 a time; they measure one after the other. The cases with graphs come first: their warm-up fills
-TileLang's cache, without which the eager ones compile for minutes while they measure. CPU_OUT holds
-`tiny-k1` of a CPU, to compare acceptance with. Needs vLLM with the patch series applied and this
-repository on PYTHONPATH.
+TileLang's cache, without which the eager ones compile for minutes while they measure. `ours-k0` and
+`ours-k1` are `graphs-k0` and `graphs-k1` with our experts in place of Marlin, and need the library
+of `make kernels`; the report compares them. CPU_OUT holds `tiny-k1` of a CPU, to compare acceptance
+with. Needs vLLM with the patch series applied and this repository on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from bench.near_ties import first_difference  # noqa: E402
-from scripts.gpu_case import CASES, LAYER_KINDS, LONG_PROMPT_TOKENS  # noqa: E402
+from scripts.gpu_case import CASES, LAYER_KINDS, LONG_PROMPT_TOKENS, OURS  # noqa: E402
 from tiny.config import TinyConfig  # noqa: E402
 from tiny.export import repeat_index_heads  # noqa: E402
 
@@ -36,6 +37,9 @@ ENTRY_POINT = "[vllm.general_plugins]\ndsv4_maxq = kernels.plugin:register\n"
 CPU_TOLERANCE = 0.03  # of the acceptance rate, between two devices
 DEADLINE_STATUS = 124
 INDEX_HEADS = 64  # as the real model has: the kernels are made for it
+OUR_EXPERTS = "Dsv4MaxqExperts"  # in the load record
+COMPARED = {"ours-k0": "graphs-k0", "ours-k1": "graphs-k1"}  # with our experts: with Marlin
+MOST_KERNELS = 12  # of a comparison
 
 
 # ------------------------------------------------------------------------------------- judging
@@ -66,6 +70,18 @@ def parity_problems(plain: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return problems
 
 
+def experts_problems(name: str, load: dict[str, Any]) -> list[str]:
+    """Models of a case with our experts whose load record names others."""
+    problems = []
+    for part, entry in load.items():
+        routed = [m for m in entry.get("modules", []) if m["module"].endswith("routed_experts")]
+        found = {module["kernel"] for module in routed}
+        if found != {OUR_EXPERTS}:
+            named = ", ".join(sorted(found)) or "none"
+            problems.append(f"{name}: experts of the {part}: {named}; {OUR_EXPERTS} were asked for")
+    return problems
+
+
 def judge(results: dict[str, dict[str, Any]]) -> list[str]:
     """What is wrong with the cases that were run; no line means that all is well."""
     problems = []
@@ -83,6 +99,8 @@ def judge(results: dict[str, dict[str, Any]]) -> list[str]:
         parts = {"target", "draft"} if case.k else {"target"}
         if missing := parts - result["load"].keys():
             problems.append(f"{name}: no load record of {', '.join(sorted(missing))}")
+        if case.moe_backend == OURS:
+            problems += experts_problems(name, result["load"])
         if case.k and not result["speculation"]["num_accepted_tokens"]:
             problems.append(f"{name}: no draft token was accepted")
         if case.long_prompt and result["long"]["prompt_tokens"] < LONG_PROMPT_TOKENS:
@@ -130,7 +148,34 @@ def report(results: dict[str, dict[str, Any]]) -> str:
                 if any(times):
                     cells = ["-" if t is None else f"{t['us_per_call']:.1f}" for t in times]
                     lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    for ours, marlin in COMPARED.items():
+        if all({"profile", "streams"} <= results.get(n, {}).keys() for n in (ours, marlin)):
+            lines += comparison(marlin, results[marlin], ours, results[ours])
     return "\n".join(lines) + "\n"
+
+
+def comparison(
+    before_name: str, before: dict[str, Any], after_name: str, after: dict[str, Any]
+) -> list[str]:
+    """A decode step of one request before and after, and the kernels that make the difference."""
+
+    def per_step(result: dict[str, Any]) -> dict[str, float]:
+        profile = result["profile"]
+        return {name: us / profile["steps"] for name, us in profile["us_in_graphs"].items()}
+
+    old, new = per_step(before), per_step(after)
+    tpot = [result["streams"]["1"]["tpot_ms"] for result in (before, after)]
+    changes = {name: new.get(name, 0.0) - old.get(name, 0.0) for name in old | new}
+    rows = [
+        ("TPOT at 1 stream, ms", *tpot),
+        ("GPU time of a decode step's graphs, us", sum(old.values()), sum(new.values())),
+        *(
+            (f"`{name[:60].replace('|', ' ')}`, us", old.get(name, 0.0), new.get(name, 0.0))
+            for name in sorted(changes, key=lambda name: -abs(changes[name]))[:MOST_KERNELS]
+        ),
+    ]
+    head = ["", f"| a decode step | {before_name} | {after_name} | less |", "|---|---|---|---|"]
+    return head + [f"| {what} | {a:.2f} | {b:.2f} | {a - b:.2f} |" for what, a, b in rows]
 
 
 def read_results(out: Path) -> dict[str, dict[str, Any]]:

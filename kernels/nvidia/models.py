@@ -1,7 +1,7 @@
 """DeepSeek-V4 and its MTP head on NVIDIA GPUs: vLLM's classes, loaded strictly.
 
 Registered in place of vLLM's own under the same architecture names, so no patch is needed: what
-they add is the load, and the head's own view of the quantization config.
+they add is the load, the head's own view of the quantization config, and the offer of our experts.
 """
 
 from __future__ import annotations
@@ -18,8 +18,13 @@ from vllm.utils.deep_gemm import is_deep_gemm_e8m0_used
 
 from kernels.loading import Part, is_mtp_name
 from kernels.loading_vllm import load_strictly
+from kernels.nvidia.experts import offer_experts
 from kernels.nvidia.guards import check_fp8_kernels
 from kernels.quant_targets import align_mtp_targets
+
+# Here and not in the plugin's `register`, which every process calls: vLLM's experts are imported
+# with the models only, in the process that builds one.
+offer_experts()
 
 
 def check(model: nn.Module) -> None:

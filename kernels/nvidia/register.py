@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def register_nvidia() -> None:
-    """Register the strictly loading model classes. Idempotent."""
+    """Register the strictly loading model classes, whose module offers our experts. Idempotent."""
     from vllm import ModelRegistry
 
     # By name: importing the classes here would initialize CUDA before vLLM does.

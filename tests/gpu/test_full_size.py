@@ -42,6 +42,15 @@ def test_each_number_of_streams_was_served(results, name):
 
 
 @pytest.mark.parametrize("name", [name for name in FULL if CASES[name].profile])
+def test_a_profile_has_decode_steps(results, name):
+    profile = results[name]["profile"]
+    assert profile["steps"] > 0
+    assert bool(profile["us_in_graphs"]) == (not CASES[name].eager)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in FULL if CASES[name].profile and CASES[name].eager]
+)
 def test_the_profile_has_every_kind_of_layer(results, name):
     kinds = {key.split("/")[0] for key in results[name]["profile"]["kinds"]}
     assert kinds >= {"window", "csa", "hca"} | ({"mtp"} if CASES[name].k else set())

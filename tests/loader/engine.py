@@ -30,11 +30,14 @@ class Rank:
 ALONE = Rank()
 
 
-def make_configs(folder: Path, rank: Rank = ALONE) -> tuple[Any, dict[str, Any]]:
+def make_configs(
+    folder: Path, rank: Rank = ALONE, moe_backend: str = "auto"
+) -> tuple[Any, dict[str, Any]]:
     """(vLLM config, {"target": model config, "draft": its model config})."""
     from vllm.config import (
         CacheConfig,
         DeviceConfig,
+        KernelConfig,
         LoadConfig,
         ModelConfig,
         ParallelConfig,
@@ -76,6 +79,7 @@ def make_configs(folder: Path, rank: Rank = ALONE) -> tuple[Any, dict[str, Any]]
         ),
         device_config=DeviceConfig("cpu"),
         load_config=LoadConfig(),
+        kernel_config=KernelConfig(moe_backend=moe_backend),
     )
     config.cache_config.cache_dtype = "fp8_ds_mla"
     return config, {"target": target, "draft": speculative.draft_model_config}
@@ -117,6 +121,21 @@ def load(model: nn.Module, model_config: Any) -> set[str]:
 
     loader = get_model_loader(LoadConfig(use_tqdm_on_load=False))
     return model.load_weights(loader.get_all_weights(model_config, model))
+
+
+def process_experts(model: nn.Module) -> None:
+    """Lay out routed experts that a plugin offered, as vLLM does after the load.
+
+    Its own need kernels for that.
+    """
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+    for module in model.modules():
+        if not isinstance(module, RoutedExperts):
+            continue
+        backend = getattr(module.quant_method, "wna16_backend", None)
+        if getattr(backend, "value", None) == "EXTERNAL":
+            module.quant_method.process_weights_after_loading(module)
 
 
 def mark(model: nn.Module) -> None:

@@ -2,9 +2,11 @@
 
     python -m tests.loader.harness RESULT.json [--capability 9.0] [--stock] [--only "B FP8"]
 
---stock leaves our classes out and shows what vLLM does by itself. For each model of a scenario the
-result has `outcome`: "complete", "SILENT" (loaded without an error, but `unset` parameters hold
-uninitialised memory), or the exception's name with its `message`.
+--stock leaves our classes out and shows what vLLM does by itself. Our experts are considered as on
+a GPU: they need a dispatch table (DSV4_DISPATCH_TABLE) and a library (DSV4_KERNELS_DIR). With
+--moe-backend each scenario runs once for each name; other names than "auto" are added to its own.
+For each model of a scenario the result has `outcome`: "complete", "SILENT" (loaded without an
+error, but `unset` parameters hold uninitialised memory), or the exception's name with a `message`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from tests.loader import fake_cuda
 
 
 def attempt(config: Any, model_config: Any, rank: Any, saved: Path | None) -> dict[str, Any]:
-    """Load one model; a complete one is kept under `saved`."""
+    """Load one model; a complete one is kept under `saved`, our experts laid out."""
     import torch
 
     from kernels.load_record import RECORD, attention_classes, module_schemes
@@ -32,9 +34,10 @@ def attempt(config: Any, model_config: Any, rank: Any, saved: Path | None) -> di
         model = engine.construct(config, model_config, rank)
         engine.mark(model)
         loaded = engine.load(model, model_config)
+        unset = engine.still_marked(model)
+        engine.process_experts(model)
     except Exception as error:  # noqa: BLE001 - whatever the engine raises is the outcome
         return {"outcome": type(error).__name__, "message": str(error)}
-    unset = engine.still_marked(model)
     if saved is not None:
         saved.parent.mkdir(parents=True, exist_ok=True)
         torch.save({name: p.data.clone() for name, p in model.named_parameters()}, saved)
@@ -67,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--world-size", type=int, default=1, help="tensor-parallel processes")
     parser.add_argument("--rendezvous", type=Path, help="file that the ranks share")
     parser.add_argument("--expert-parallel", action="store_true")
+    parser.add_argument("--moe-backend", nargs="+", default=["auto"], help="vLLM's, one by one")
     args = parser.parse_args(argv)
     major, _, minor = args.capability.partition(".")
     fake_cuda.install((int(major), int(minor)))
@@ -86,15 +90,18 @@ def main(argv: list[str] | None = None) -> int:
             continue
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder), scenario)
-            config, models = engine.make_configs(Path(folder), rank)
-            results[name] = {
-                part: attempt(
-                    config, models[part], rank, args.save and args.save / name / f"{part}.pt"
-                )
-                for part in scenario.parts
-            }
-        for part, result in results[name].items():
-            print(f"{name} | {part} | {result['outcome']} | {result.get('message', '')[:150]}")
+            for backend in args.moe_backend:
+                key = name if backend == "auto" else f"{name}, {backend}"
+                config, models = engine.make_configs(Path(folder), rank, backend)
+                results[key] = {
+                    part: attempt(
+                        config, models[part], rank, args.save and args.save / key / f"{part}.pt"
+                    )
+                    for part in scenario.parts
+                }
+                for part, result in results[key].items():
+                    message = result.get("message", "")[:150]
+                    print(f"{key} | {part} | {result['outcome']} | {message}")
     args.result.write_text(json.dumps(results, indent=1))
     return 0
 

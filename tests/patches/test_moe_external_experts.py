@@ -80,3 +80,23 @@ def test_a_class_that_declines_a_layer_is_passed_over():
         with pytest.raises(NotImplementedError):
             mxfp4.select_deepseek_v4_mxfp4_moe_backend(layer_config(wanted=False))
     assert mxfp4.backend_to_kernel_cls(declined) == [Offered]
+
+
+def test_a_class_can_see_how_wide_a_scale_group_is():
+    """The layer's config says it: a QuantKey is the same for groups of 64 and of 128."""
+    from compressed_tensors.quantization import QuantizationArgs
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_wna16 as wna16,
+    )
+
+    scheme = QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=64)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def select(config, **_):
+            seen.append(config.weight_group_size)
+            return wna16.WNA16MoEBackend.EMULATION, Offered
+
+        patch.setattr(wna16, "select_wna16_moe_backend", select)
+        wna16.CompressedTensorsWNA16MoEMethod(scheme, None, SimpleNamespace())
+    assert seen == [64]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from scripts.gpu_case import read_trace
+from scripts.gpu_case import CASES, OURS, read_trace, start_engine
 
 
 def scope(name: str, start: float, end: float) -> dict[str, Any]:
@@ -64,3 +67,35 @@ def test_the_slowest_kernels_come_first():
 def test_a_trace_without_kernels_is_an_error():
     with pytest.raises(RuntimeError, match="recorded no kernel"):
         read_trace([scope("csa/layer", 0, 1)])
+
+
+def test_kernels_of_graphs_are_summed_by_name():
+    events = [
+        *EVENTS,
+        {**launch(7, 600), "name": "cudaGraphLaunch"},
+        kernel("expert", 7, 11.0),
+        kernel("mix", 7, 1.5),
+        kernel("expert", 7, 12.0),
+    ]
+    assert read_trace(events)["us_in_graphs"] == {"expert": 23.0, "mix": 1.5}
+    assert read_trace(EVENTS)["us_in_graphs"] == {}
+
+
+def test_each_case_asks_for_its_experts(monkeypatch):
+    asked = {}
+
+    def engine(model: str, **arguments: Any) -> None:
+        asked[model] = arguments["moe_backend"]
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=engine))
+    for name, case in CASES.items():
+        start_engine(case, Path(name))
+    assert asked["ours-k0"] == asked["ours-k1"] == OURS == "external"
+    assert asked["tiny-k0"] == asked["tiny-k1"] == "auto"
+    assert {asked[name] for name in asked if name.startswith(("graphs", "eager"))} == {"marlin"}
+
+
+def test_the_cases_with_our_experts_differ_from_those_before_in_nothing_else():
+    for k in (0, 1):
+        before, after = vars(CASES[f"graphs-k{k}"]), vars(CASES[f"ours-k{k}"])
+        assert {name for name in before if before[name] != after[name]} == {"moe_backend"}

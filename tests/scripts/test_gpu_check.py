@@ -84,6 +84,55 @@ def test_without_the_plain_case_there_is_nothing_to_compare_with():
     assert found == "graphs-k2: nothing to compare with; run graphs-k0"
 
 
+def routed(kernel: str) -> dict:
+    module = {"module": "model.layers.*.ffn.experts.routed_experts", "kernel": kernel}
+    return {"modules": [module, {"module": "lm_head", "kernel": ""}]}
+
+
+def test_a_case_with_our_experts_has_them_in_target_and_head():
+    ours, marlin = routed("Dsv4MaxqExperts"), routed("MarlinExperts")
+    results = {"graphs-k0": PLAIN, "ours-k0": result([1, 2, 3], load={"target": ours})}
+    assert judge(results) == []
+    results["ours-k1"] = result([1, 2, 3], k=1, load={"target": ours, "draft": marlin})
+    assert judge(results) == [
+        "ours-k1: experts of the draft: MarlinExperts; Dsv4MaxqExperts were asked for"
+    ]
+    results["ours-k1"]["load"]["draft"] = {}
+    assert judge(results) == ["ours-k1: experts of the draft: none; Dsv4MaxqExperts were asked for"]
+
+
+def test_texts_of_our_experts_are_compared_with_marlins():
+    ours = {"target": routed("Dsv4MaxqExperts")}
+    other = result([9, 2, 3], load=ours)
+    assert judge({"graphs-k0": PLAIN, "ours-k0": other}) == [
+        "ours-k0: prompt of 128 tokens parts at 0: gap 5.0000, noise 0.0300"
+    ]
+
+
+def test_the_report_compares_a_decode_step_with_and_without_our_experts():
+    def case(tpot_ms: float, us: dict[str, float]) -> dict:
+        streams = {"1": {"output_throughput": 100.0, "tpot_ms": tpot_ms}}
+        profile = {"kinds": {}, "steps": 5, "us_in_graphs": us}
+        return result([1, 2, 3], streams=streams, profile=profile)
+
+    results = {
+        "graphs-k0": case(10.0, {"attend": 50.0, "Marlin|w13": 500.0, "sum": 5.0}),
+        "ours-k0": case(8.0, {"attend": 52.5, "decode_up": 300.0}),
+    }
+    lines = report(results).splitlines()
+    start = lines.index("| a decode step | graphs-k0 | ours-k0 | less |")
+    assert lines[start + 2 :] == [
+        "| TPOT at 1 stream, ms | 10.00 | 8.00 | 2.00 |",
+        "| GPU time of a decode step's graphs, us | 111.00 | 70.50 | 40.50 |",
+        "| `Marlin w13`, us | 100.00 | 0.00 | 100.00 |",
+        "| `decode_up`, us | 0.00 | 60.00 | -60.00 |",
+        "| `sum`, us | 1.00 | 0.00 | 1.00 |",
+        "| `attend`, us | 10.00 | 10.50 | -0.50 |",
+    ]
+    del results["graphs-k0"]
+    assert "a decode step |" not in report(results)
+
+
 def test_acceptance_is_the_difference_of_two_readings():
     before = {"num_drafts": 10, "num_draft_tokens": 20, "num_accepted_tokens": 5}
     after = {"num_drafts": 20, "num_draft_tokens": 40, "num_accepted_tokens": 15}
