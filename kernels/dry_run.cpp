@@ -13,6 +13,7 @@
 #include <map>
 #include <string>
 
+#include "csrc/allreduce.h"
 #include "csrc/w4a16.h"
 
 namespace {
@@ -124,6 +125,31 @@ cudaError_t CUDARTAPI cudaLaunchKernelExC(const cudaLaunchConfig_t* config, cons
   return record(function, config->gridDim, config->blockDim, config->dynamicSmemBytes, dependent);
 }
 cudaError_t CUDARTAPI cudaMemsetAsync(void*, int, size_t, cudaStream_t) { return cudaSuccess; }
+// What memory of two processes needs; no case calls it, but it links.
+cudaError_t CUDARTAPI cudaSetDevice(int) { return fail(cudaErrorNotSupported); }
+cudaError_t CUDARTAPI cudaGetDeviceCount(int*) { return fail(cudaErrorNotSupported); }
+cudaError_t CUDARTAPI cudaDeviceGetPCIBusId(char*, int, int) { return fail(cudaErrorNotSupported); }
+cudaError_t CUDARTAPI cudaDeviceSynchronize() { return fail(cudaErrorNotSupported); }
+cudaError_t CUDARTAPI cudaHostRegister(void*, size_t, unsigned) {
+  return fail(cudaErrorNotSupported);
+}
+cudaError_t CUDARTAPI cudaHostUnregister(void*) { return fail(cudaErrorNotSupported); }
+cudaError_t CUDARTAPI cudaHostGetDevicePointer(void**, void*, unsigned) {
+  return fail(cudaErrorNotSupported);
+}
+cudaError_t CUDARTAPI cudaMalloc(void**, size_t) { return fail(cudaErrorNotSupported); }
+cudaError_t CUDARTAPI cudaFree(void*) { return fail(cudaErrorNotSupported); }
+cudaError_t CUDARTAPI cudaMemset(void*, int, size_t) { return fail(cudaErrorNotSupported); }
+cudaError_t CUDARTAPI cudaMemcpy(void*, const void*, size_t, cudaMemcpyKind) {
+  return fail(cudaErrorNotSupported);
+}
+cudaError_t CUDARTAPI cudaIpcGetMemHandle(cudaIpcMemHandle_t*, void*) {
+  return fail(cudaErrorNotSupported);
+}
+cudaError_t CUDARTAPI cudaIpcOpenMemHandle(void**, cudaIpcMemHandle_t, unsigned) {
+  return fail(cudaErrorNotSupported);
+}
+cudaError_t CUDARTAPI cudaIpcCloseMemHandle(void*) { return fail(cudaErrorNotSupported); }
 cudaError_t CUDARTAPI cudaGetLastError() {
   cudaError_t error = sticky;
   sticky = cudaSuccess;
@@ -185,6 +211,32 @@ int silu(int rows) {
                dsv4_silu_interleaved(pointer, pointer, rows, 1024, INFINITY, nullptr));
 }
 
+int all_reduce(int num_bytes) {
+  running = "all-reduce " + std::to_string(num_bytes) + " bytes";
+  Dsv4AllReduceArgs args = {};
+  args.in = args.out = args.inbox[0] = args.inbox[1] = device_pointer();
+  args.state = (Dsv4State*)device_pointer();
+  args.control = (Dsv4Control*)device_pointer();
+  args.deadline_ns = 2000000000;
+  args.num_bytes = num_bytes;
+  args.max_bytes = DSV4_ALLREDUCE_MAX_BYTES;
+  args.world_size = 2;
+  return check("dsv4_allreduce", dsv4_allreduce(&args, nullptr));
+}
+
+int probe(int num_bytes, int num_blocks) {
+  running = "probe " + std::to_string(num_bytes) + " bytes";
+  Dsv4ProbeArgs args = {};
+  args.write_data = args.my_flags = args.peer_flags = device_pointer();
+  args.read_data = device_pointer();
+  args.results = (Dsv4ProbeResult*)device_pointer();
+  args.deadline_ns = 2000000000;
+  args.send_lines = num_bytes / 16 / num_blocks;
+  args.rounds = 1;
+  args.num_blocks = num_blocks;
+  return check("dsv4_probe", dsv4_probe(&args, nullptr));
+}
+
 }  // namespace
 
 // Usage: dry_run MULTIPROCESSORS MAJOR MINOR SHARED_BYTES_PER_BLOCK
@@ -199,5 +251,7 @@ int main(int argc, char** argv) {
   for (int tokens : {1, 2, 64}) failed += moe(tokens, 2048);
   for (int size_m : {1, 2, 8, 9, 16, 17, 64, 257}) failed += gemm(size_m, 4096, 4096);
   failed += silu(6);
+  for (int num_bytes : {16, 8192, 65536, 524288}) failed += all_reduce(num_bytes);
+  failed += probe(8192, 1) + probe(4 << 20, 8);
   return failed ? 1 : 0;
 }

@@ -22,6 +22,7 @@ from kernels.toolchain import ToolMissing
 
 SCHEMA_VERSION = 1
 SHOWN_CASES = tuple(f"moe M={m} TP2" for m in (1, 2, 3, 4, 8, 16, 64, 257))
+SHOWN_CASES += tuple(f"all-reduce {size} bytes" for size in (8192, 524288))
 
 
 def as_json(kernels: list[Kernel], provenance: dict[str, Any]) -> dict[str, Any]:

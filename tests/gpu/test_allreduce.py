@@ -1,0 +1,332 @@
+"""The all-reduce and the probe on one GPU: two processes that share it, and two streams of one.
+
+Two processes take turns on the GPU, so a call there costs time slices and says nothing about speed.
+Two streams run at the same time: lines in pinned host memory then cross the real PCIe link.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from kernels import allreduce_abi as abi
+from kernels import build, probe
+from kernels.allreduce import OneShotAllReduce, Tier, exchange_by_store
+
+pytestmark = pytest.mark.gpu
+
+BF16 = torch.bfloat16
+TIERS = [tier.value for tier in Tier]
+KB = 1024
+SIZES = [16, 48, KB, 2 * KB, 4 * KB, 4 * KB + 16, 8 * KB, 16 * KB, 24 * KB, 32 * KB, 33 * KB]
+SIZES += [64 * KB, 96 * KB, 128 * KB, 255 * KB, 256 * KB, 511 * KB + 16, 512 * KB]
+PROCESS_REPLAYS = 5_000  # of each tier
+STREAM_REPLAYS = 10_000
+DEADLINE_S = 2.0
+
+
+def inputs(rank: int, call: int, num_bytes: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(1000 * call + rank)
+    return torch.randn(num_bytes // 2, generator=g).to(BF16).cuda()
+
+
+def exact(call: int, num_bytes: int) -> torch.Tensor:
+    return (inputs(0, call, num_bytes).float() + inputs(1, call, num_bytes).float()).to(BF16)
+
+
+class Replayed:
+    """A graph of one call whose input changes with each replay, and checks its output itself."""
+
+    def __init__(self, end: OneShotAllReduce, numel: int = 4096) -> None:
+        self.counter = torch.zeros(1, device="cuda")
+        self.wrong = torch.zeros(1, dtype=torch.int64, device="cuda")
+        self.sum = torch.zeros(1, dtype=torch.int64, device="cuda")
+        place = torch.arange(numel, device="cuda") % 32
+
+        def step() -> None:
+            self.counter.add_(1).remainder_(61)  # whole numbers below 256: exact in BF16
+            x = (place + self.counter + 3 * end.rank).to(BF16)
+            out = end.all_reduce(x)
+            self.wrong.add_((out != (2 * (place + self.counter) + 3).to(BF16)).sum())
+            bits = out.view(torch.int16).to(torch.int64)
+            self.sum.mul_(31).add_((bits * (place + 1)).sum())
+
+        self.step = step
+
+    def capture(self, stream: torch.cuda.Stream) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream):
+            self.step()
+
+
+# ------------------------------------------------------------------------- two processes
+
+
+def rank_main(options: dict) -> dict:
+    """What one process does; its answer."""
+    rank = options["rank"]
+    torch.cuda.set_device(0)
+    store = torch.distributed.FileStore(options["store"], 2)
+    exchange = exchange_by_store(store, rank, 2)
+    end = OneShotAllReduce(
+        rank,
+        2,
+        exchange,
+        tier=options["tier"],
+        deadline_s=options["deadline_s"],
+        first_generation=options["first_generation"],
+    )
+    answer: dict = {}
+    if options["do"] == "sizes":
+        hashes, wrong = [], []
+        for call, num_bytes in enumerate(SIZES * 2):
+            out = end.all_reduce(inputs(rank, call, num_bytes))
+            if not torch.equal(out, exact(call, num_bytes)):
+                wrong.append(num_bytes)
+            hashes.append(hashlib.sha256(out.view(torch.uint8).cpu().numpy().tobytes()).hexdigest())
+        answer |= {"hashes": hashes, "wrong": wrong}
+    elif options["do"] == "replays":
+        replayed = Replayed(end)
+        replayed.step()
+        replayed.capture(torch.cuda.Stream())
+        exchange("captured", True)
+        for _ in range(PROCESS_REPLAYS):
+            replayed.graph.replay()
+        torch.cuda.synchronize()
+        answer |= {"wrong": replayed.wrong.item(), "sum": replayed.sum.item()}
+    else:  # the peer goes after three calls
+        x = inputs(rank, 0, 8 * KB)
+        end.all_reduce(x)
+        torch.cuda.synchronize()
+        for _ in range(2):
+            end.all_reduce(x)
+        torch.cuda.synchronize()
+        exchange("three", True)
+        if rank == 1:
+            os.kill(os.getpid(), getattr(signal, options["do"]))
+        start = time.monotonic()
+        end.all_reduce(x)
+        torch.cuda.synchronize()
+        waited = time.monotonic() - start
+        start = time.monotonic()
+        for _ in range(100):
+            end.all_reduce(x)
+        torch.cuda.synchronize()
+        answer |= {"waited": waited, "later": time.monotonic() - start}
+        answer |= {"record": vars(end.expired())}
+    try:
+        end.check()
+        answer["error"] = None
+    except RuntimeError as error:
+        answer["error"] = str(error)
+    answer["completed"] = end.completed
+    if options["do"] in ("sizes", "replays"):
+        exchange("done", True)  # neither frees what the other still uses
+    end.close()
+    return answer
+
+
+def two_processes(tmp_path, do, tier, deadline_s=30.0, first_generation=1):
+    common = {"do": do, "tier": tier, "store": str(tmp_path / "store"), "deadline_s": deadline_s}
+    common |= {"first_generation": first_generation}
+    command = [sys.executable, "-m", "tests.gpu.test_allreduce"]
+    processes = [
+        subprocess.Popen(
+            [*command, json.dumps({**common, "rank": rank})],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=build.ROOT,
+        )
+        for rank in range(2)
+    ]
+    answers = []
+    try:
+        waited_for = processes[:1] if do.startswith("SIG") else processes
+        for process in waited_for:
+            text, _ = process.communicate(timeout=120)
+            assert process.returncode == 0
+            answers.append(json.loads(text.splitlines()[-1]))
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert not list(abi.SHM_FOLDER.glob("dsv4-allreduce-*"))
+    return answers
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_two_processes_get_the_rounded_sum_and_the_same_bits_across_the_wrap(tmp_path, tier):
+    a, b = two_processes(tmp_path, "sizes", tier, first_generation=2**32 - 20)
+    assert (a["error"], b["error"]) == (None, None)
+    assert (a["wrong"], b["wrong"]) == ([], [])
+    assert len(a["hashes"]) == 2 * len(SIZES)
+    assert a["hashes"] == b["hashes"]
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_two_processes_replay_a_graph(tmp_path, tier):
+    a, b = two_processes(tmp_path, "replays", tier)
+    assert (a["error"], b["error"]) == (None, None)
+    assert (a["wrong"], b["wrong"]) == (0, 0)
+    assert a["sum"] == b["sum"]
+    assert a["completed"] == b["completed"] == PROCESS_REPLAYS + 1
+
+
+@pytest.mark.parametrize("do", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_peer_that_is_gone_is_reported_within_the_deadline(tmp_path, tier, do):
+    [a] = two_processes(tmp_path, do, tier, deadline_s=DEADLINE_S)
+    assert DEADLINE_S <= a["waited"] < DEADLINE_S + 1
+    assert a["later"] < 0.5  # a hundred calls: each returns at once
+    record = a["record"]
+    assert (record["rank"], record["source"], record["operation"]) == (0, 1, 1)
+    assert (record["generation"], record["expected"], record["num_bytes"]) == (4, 4, 8 * KB)
+    assert record["seen"] == [2, 2]  # the slot's last generation
+    assert record["line"] < KB
+    assert record["block"] < 4
+    assert DEADLINE_S <= record["waited_s"] < DEADLINE_S + 0.5
+    assert a["error"].startswith("all_reduce_oneshot: rank 0 waited 2.0")
+    assert a["completed"] == 3
+
+
+def test_the_probe_of_two_processes_on_one_gpu_sees_no_wrong_data_and_no_hang(tmp_path):
+    out = tmp_path / "probe.json"
+    command = ["--devices", "0,0", "--small-rounds", "20", "--large-rounds", "3"]
+    status = probe.main([*command, "--deadline-s", "10", "--out", str(out)])
+    assert status in (0, 1)
+    for arm in json.loads(out.read_text())["arms"]:
+        assert arm["verdict"] in ("healthy", "slow"), arm["reason"]
+        assert set(arm["directions"]) == {"0->1", "1->0"}
+
+
+# --------------------------------------------------------------------------- two streams
+
+
+@pytest.fixture
+def ends():
+    """Two ranks of host-pinned lines in this process, on a stream each."""
+    store = torch.distributed.HashStore()
+    made: list[OneShotAllReduce | None] = [None, None]
+
+    def construct(rank: int) -> None:
+        exchange = exchange_by_store(store, rank, 2)
+        made[rank] = OneShotAllReduce(rank, 2, exchange, deadline_s=DEADLINE_S)
+
+    threads = [threading.Thread(target=construct, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(made)
+    yield made
+    torch.cuda.synchronize()
+    for end in made:
+        end.close()
+
+
+@pytest.fixture
+def streams():
+    return [torch.cuda.Stream(), torch.cuda.Stream()]
+
+
+def test_two_streams_agree_at_every_size_while_other_work_fills_the_gpu(ends, streams):
+    torch.cuda.synchronize()
+    other = torch.cuda.Stream()
+    a = torch.randn(4096, 4096, device="cuda").to(BF16)
+    for call, num_bytes in enumerate(SIZES * 3):
+        xs = [inputs(rank, call, num_bytes) for rank in range(2)]
+        want = exact(call, num_bytes)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(other):
+            a @ a
+        outs = []
+        for rank in range(2):
+            with torch.cuda.stream(streams[rank]):
+                outs.append(ends[rank].all_reduce(xs[rank]))
+        torch.cuda.synchronize()
+        for end in ends:
+            end.check()
+        assert torch.equal(outs[0], want)
+        assert torch.equal(outs[0].view(torch.int16), outs[1].view(torch.int16))
+
+
+def test_two_streams_replay_graphs(ends, streams):
+    replayed = [Replayed(end) for end in ends]
+    torch.cuda.synchronize()
+    for r, stream in zip(replayed, streams, strict=True):
+        with torch.cuda.stream(stream):
+            r.step()
+    torch.cuda.synchronize()
+    for r, stream in zip(replayed, streams, strict=True):
+        r.capture(stream)
+    for _ in range(STREAM_REPLAYS):
+        for r, stream in zip(replayed, streams, strict=True):
+            with torch.cuda.stream(stream):
+                r.graph.replay()
+    torch.cuda.synchronize()
+    for end in ends:
+        end.check()
+        assert end.completed == STREAM_REPLAYS + 1
+    assert [r.wrong.item() for r in replayed] == [0, 0]
+    assert replayed[0].sum.item() == replayed[1].sum.item()
+
+
+def test_a_call_alone_gives_up_and_the_other_rank_sees_its_record(ends, streams):
+    x = inputs(0, 0, 8 * KB)
+    torch.cuda.synchronize()
+    start = time.monotonic()
+    with torch.cuda.stream(streams[0]):
+        ends[0].all_reduce(x)
+    torch.cuda.synchronize()
+    assert DEADLINE_S <= time.monotonic() - start < DEADLINE_S + 1
+    for end in ends:
+        with pytest.raises(RuntimeError, match="rank 0 waited 2.0. s for rank 1: generation 1, "):
+            end.check()
+
+
+def test_latency_of_host_pinned_lines_over_the_real_link(ends, streams):
+    """Prints figures (pytest -s); asserts only that they are not absurd."""
+    calls, replays = 20, 100
+    print(f"\nhost-pinned, two streams of {torch.cuda.get_device_name()}: us of a call")
+    for num_bytes in (8 * KB, 16 * KB, 32 * KB, 64 * KB, 128 * KB, 256 * KB, 512 * KB):
+        xs = [inputs(rank, 0, num_bytes) for rank in range(2)]
+        outs = [torch.empty_like(x) for x in xs]
+        torch.cuda.synchronize()
+        graphs = []
+        for rank in range(2):
+            graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graphs[rank], stream=streams[rank]):
+                for _ in range(calls):
+                    ends[rank].all_reduce(xs[rank], outs[rank])
+        times = []
+        for _ in range(replays):
+            marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            for rank in range(2):
+                with torch.cuda.stream(streams[rank]):
+                    if rank == 1:
+                        marks[0].record()  # when the later one starts
+                    graphs[rank].replay()
+                    if rank == 1:
+                        marks[1].record()
+            torch.cuda.synchronize()
+            times.append(marks[0].elapsed_time(marks[1]) * 1000 / calls)
+        for end in ends:
+            end.check()
+        times = sorted(times[10:])
+        p99 = times[int(len(times) * 0.99)]
+        print(f"  {num_bytes // KB:4d} KB  median {statistics.median(times):7.2f}  p99 {p99:7.2f}")
+        assert statistics.median(times) < 5000
+
+
+if __name__ == "__main__":
+    print(json.dumps(rank_main(json.loads(sys.argv[1]))), flush=True)
