@@ -16,7 +16,7 @@ PROFILE ?= cpu-tiny
 PORT ?= 8000
 
 .PHONY: help setup demo kernels kernels-report test test-gpu bench-kernels lint patches-check \
-	patches-mutation serve tiny-train clean
+	patches-mutation serve bench bench-compare tiny-train clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -67,6 +67,19 @@ patches-mutation: $(STAMP) ## take out each patch in turn: its guard test must f
 
 serve: $(STAMP) ## serve PROFILE (cpu-tiny) on PORT (8000)
 	@$(PY) -m serve run --profile $(PROFILE) --port $(PORT)
+
+# CONTEXT= DEPTH= STREAMS= OUTPUT= MODE= REPEATS= URL= as in docs/bench.md; empty is the default.
+# COMPARE_SPECULATIVE=1 starts PROFILE itself, without MTP and then with it. RESUME= goes on.
+# ENGINE=vllm runs vLLM's own bench on the same plan.
+BENCH_OPTIONS = $(foreach option,context depth streams output mode repeats url api label resume \
+	goodput result engine,$(if $($(call upper,$(option))),--$(option) $($(call upper,$(option)))))
+upper = $(shell echo $(1) | tr a-z A-Z)
+bench: $(STAMP) ## measure a running server: make bench CONTEXT=524k STREAMS=2 [URL=] [MODE=]
+	@$(PY) -m bench run $(BENCH_OPTIONS) \
+		$(if $(COMPARE_SPECULATIVE),--compare-speculative --profile $(PROFILE))
+
+bench-compare: $(STAMP) ## exit 1 where HEAD=b.json is worse than BASE=a.json by MAX_REGRESSION (3%)
+	@$(PY) -m bench compare $(BASE) $(HEAD) --max-regression $(or $(MAX_REGRESSION),3%)
 
 tiny-train: $(STAMP) ## train the tiny checkpoint again
 	@$(PY) -m tiny train

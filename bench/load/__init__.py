@@ -1,0 +1,1 @@
+"""Load on a running server: prompts of known length, streamed requests, results with intervals."""

@@ -1,0 +1,62 @@
+"""Where a load result comes from: this repository, the server's model and the GPUs if local."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bench import provenance
+from bench.load.server import ServerFacts
+from bench.load.telemetry import Telemetry, is_local
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+# A larger checkpoint is known by its index: reading 156 GB would take minutes of disk time.
+MOST_BYTES_HASHED = 1 << 30
+
+
+def collect(facts: ServerFacts, url: str, telemetry: Telemetry) -> dict[str, Any]:
+    """Return the provenance block. What only the server's machine knows is None elsewhere."""
+    commit = provenance._git(REPOSITORY, "rev-parse", "HEAD")
+    changes = provenance._git(REPOSITORY, "status", "--porcelain")
+    local = is_local(url)
+    return {
+        "commit": commit,
+        "dirty": bool(changes) if changes is not None else None,
+        "vllm": facts.version,
+        "series_sha256": provenance.series_sha256(REPOSITORY / "patches"),
+        **checkpoint_hashes(Path(facts.root) if facts.root and local else None),
+        "device": provenance.cpu_model() if local else None,
+        "cores": len(os.sched_getaffinity(0)) if local else None,
+        "gpus": telemetry.devices(),
+        "command": command_line(sys.orig_argv),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def checkpoint_hashes(folder: Path | None) -> dict[str, str | None]:
+    """Hash of all weights of a small checkpoint, of the index of a large one, None elsewhere."""
+    hashes: dict[str, str | None] = {"checkpoint_sha256": None, "checkpoint_index_sha256": None}
+    if folder is None or not (folder / "config.json").exists():
+        return hashes
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        hashes["checkpoint_index_sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
+    if sum(p.stat().st_size for p in folder.glob("*.safetensors")) <= MOST_BYTES_HASHED:
+        hashes["checkpoint_sha256"] = provenance.checkpoint_sha256(folder)
+    return hashes
+
+
+def command_line(arguments: list[str]) -> str:
+    """The command without this machine's folders: of an absolute path the last name is kept."""
+    kept = []
+    for argument in arguments:
+        option, equals, value = argument.rpartition("=")
+        if Path(value).is_absolute():
+            value = str(provenance.recorded(Path(value), REPOSITORY))
+        kept.append(option + equals + value)
+    return shlex.join(kept)

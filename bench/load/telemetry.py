@@ -1,0 +1,136 @@
+"""Power and throttling of this machine's GPUs while requests run; nothing without NVML.
+
+Meaningful only where the server runs on this machine: otherwise it is not read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from bench import metrics
+from bench.load.trace import Trace
+
+SAMPLE_S = 0.1
+# Bits of NVML's clock event reasons, by the names of nvidia-smi. Idle and application clocks are
+# not throttling.
+THROTTLE_REASONS = {
+    0x04: "sw_power_cap",
+    0x08: "hw_slowdown",
+    0x20: "sw_thermal_slowdown",
+    0x40: "hw_thermal_slowdown",
+    0x80: "hw_power_brake_slowdown",
+}
+
+
+class Watch:
+    """Samples of one round, on the clock of the round's traces."""
+
+    def __init__(self, num_gpus: int) -> None:
+        self.samples: list[tuple[float, float]] = []  # (s, W of all GPUs)
+        self.reasons = 0
+        self._num_gpus = num_gpus
+
+    def energy_j(self, traces: Sequence[Trace]) -> float | None:
+        """Energy from the first request sent to the last token."""
+        ends = [t.last_s for t in traces if t.last_s is not None]
+        if not self._num_gpus or not ends:
+            return None
+        return metrics.energy_j(self.samples, min(t.sent_s for t in traces), max(ends))
+
+    def throttle_reasons(self) -> tuple[str, ...] | None:
+        """Names of the reasons seen on any GPU; None without GPUs."""
+        if not self._num_gpus:
+            return None
+        return tuple(name for bit, name in THROTTLE_REASONS.items() if self.reasons & bit)
+
+
+class Telemetry:
+    """The GPUs of this machine, through `pynvml` where it is installed and finds some."""
+
+    def __init__(self, nvml: Any | None, handles: Sequence[Any] = ()) -> None:
+        self._nvml = nvml
+        self._handles = list(handles)
+
+    @classmethod
+    def for_url(cls, url: str) -> Telemetry:
+        """Telemetry where the server is on this machine, else none."""
+        if not is_local(url):
+            return cls(None)
+        try:
+            import pynvml
+        except ImportError:
+            return cls(None)
+        try:
+            pynvml.nvmlInit()
+            count = pynvml.nvmlDeviceGetCount()
+            return cls(pynvml, [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(count)])
+        except pynvml.NVMLError:
+            return cls(None)
+
+    def devices(self) -> list[dict[str, Any]] | None:
+        """Name, driver and power limit of each GPU; None without."""
+        if not self._handles:
+            return None
+        nvml = self._nvml
+        driver = _text(nvml.nvmlSystemGetDriverVersion())
+        return [
+            {
+                "name": _text(nvml.nvmlDeviceGetName(h)),
+                "driver": driver,
+                "power_limit_w": nvml.nvmlDeviceGetEnforcedPowerLimit(h) / 1000,
+                "pcie_generation": nvml.nvmlDeviceGetCurrPcieLinkGeneration(h),
+                "pcie_width": nvml.nvmlDeviceGetCurrPcieLinkWidth(h),
+            }
+            for h in self._handles
+        ]
+
+    @contextlib.asynccontextmanager
+    async def watching(self) -> AsyncIterator[Watch]:
+        """Sample until the block ends."""
+        watch = Watch(len(self._handles))
+        if not self._handles:
+            yield watch
+            return
+        start_s = time.perf_counter()
+        self._sample(watch, start_s)
+        task = asyncio.create_task(self._keep_sampling(watch, start_s))
+        try:
+            yield watch
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+            self._sample(watch, start_s)
+
+    async def _keep_sampling(self, watch: Watch, start_s: float) -> None:
+        while True:
+            await asyncio.sleep(SAMPLE_S)
+            self._sample(watch, start_s)
+
+    def _sample(self, watch: Watch, start_s: float) -> None:
+        nvml = self._nvml
+        watts = sum(nvml.nvmlDeviceGetPowerUsage(h) for h in self._handles) / 1000
+        watch.samples.append((time.perf_counter() - start_s, watts))
+        for handle in self._handles:
+            watch.reasons |= nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
+
+
+def is_local(url: str) -> bool:
+    """Whether the server's address is of this machine's loopback."""
+    host = urlsplit(url).hostname or ""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
