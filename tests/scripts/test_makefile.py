@@ -19,6 +19,8 @@ TARGETS = [
     "patches-check",
     "patches-mutation",
     "serve",
+    "bench",
+    "bench-compare",
     "tiny-train",
     "clean",
 ]
