@@ -1,1 +1,1 @@
-"""Serve a DeepSeek-V4 checkpoint with the patched vLLM: profiles, preflight, launch."""
+"""Serve a DeepSeek-V4 checkpoint with the patched vLLM: profiles, preflight, gateway, watchdog."""

@@ -1,4 +1,4 @@
-"""`python -m serve`: check the profile, the checkpoint and the engine, then become vLLM."""
+"""`python -m serve`: check the profile, the checkpoint and the engine, then run or become vLLM."""
 
 import argparse
 import os
@@ -6,53 +6,113 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 from kernels.folder_lock import FolderHeld, check_free
 from serve.checkpoint import check_checkpoint, read_json
 from serve.command import vllm_command
 from serve.engine import REPOSITORY, check_engine
-from serve.environment import added_environment, engine_environment, load_record_path
+from serve.environment import (
+    added_environment,
+    engine_environment,
+    load_record_path,
+    our_variables,
+    read_env_file,
+    run_path,
+)
 from serve.errors import ConfigError, ServeError
 from serve.plan import check_split, run_plan
-from serve.profiles import MAX_SPECULATIVE_TOKENS, load_profile, profile_names
+from serve.profiles import load_profile, profile_names
+from serve.settings import GatewayMode, Settings, Source, add_flags, resolve
+from serve.summary import summary
+from serve.table import run_profiles
 
 
-def run(arguments: argparse.Namespace) -> NoReturn | None:
-    """load_profile -> command -> check_* -> print -> start_summary -> exec."""
-    profile = load_profile(arguments.profile)
-    model = arguments.model or REPOSITORY / profile.model
-    num_speculative_tokens = arguments.num_speculative_tokens
-    if num_speculative_tokens is None:
-        num_speculative_tokens = profile.num_speculative_tokens
+def run(arguments: argparse.Namespace) -> int:
+    """settings -> command -> check_* -> print -> serve, or become vLLM."""
+    settings = resolve(vars(arguments), our_variables(), read_env_file(arguments.env_file))
+    profile = settings.profile
+    from_profile = settings.sources["model"] is Source.PROFILE
+    model = REPOSITORY / profile.model if from_profile else Path(profile.model)
     capture = arguments.capture
-    if capture is not None and num_speculative_tokens != 1:
+    if capture is not None and profile.num_speculative_tokens != 1:
         raise ConfigError(
-            f"--capture: num_speculative_tokens = {num_speculative_tokens}; must be 1, so that the "
-            "experts' inputs do not depend on the head's own experts"
+            f"--capture: num_speculative_tokens = {profile.num_speculative_tokens}; must be 1, so "
+            "that the experts' inputs do not depend on the head's own experts"
         )
+    # A restarted engine would record the same prompts twice.
+    default = GatewayMode.ON if capture is None else GatewayMode.OFF
+    bare = (settings["gateway"] or default) is GatewayMode.OFF
+    host, port = settings["host"], settings["port"]
+    uds = None if bare else run_path(f"engine-{port}.sock")
+    record = (arguments.load_record or load_record_path(port)).resolve()
     command = vllm_command(
-        profile, model, arguments.host, arguments.port, num_speculative_tokens, capture is not None
+        profile, model, host, port, profile.num_speculative_tokens, capture is not None, uds
     )
-    record = (arguments.load_record or load_record_path(arguments.port)).resolve()
     env = engine_environment(profile, capture=capture, load_record=record)
     added = added_environment(profile, capture, record)
     shown = [f"{name}={value}" for name, value in sorted(added.items())]
     if not arguments.dry_run:
         if capture is not None:
             prepare_capture(capture)
-        check_port(arguments.host, arguments.port)
-        check_checkpoint(model, num_speculative_tokens)
+        check_port(host, port)
+        check_checkpoint(model, profile.num_speculative_tokens)
         if profile.tensor_parallel_size > 1:
             check_split(read_json(model / "config.json"), profile)
         check_engine()
         prepare_record(record)
+    for line in settings.changed():
+        print(f"serve: {line}", file=sys.stderr, flush=True)
     print(shlex.join(shown + command), flush=True)
     if arguments.dry_run:
-        return None
-    start_summary(record, model, arguments.host, arguments.port)
+        return 0
+    if uds is not None:
+        return run_front(settings, command, env, uds, lambda: print_summary(record, model))
+    start_summary(record, model, host, port)
     os.execve(command[0], command, env)
+    return 0  # only where a test keeps execve from taking this process
+
+
+def run_front(
+    settings: Settings,
+    command: list[str],
+    env: dict[str, str],
+    uds: Path,
+    on_ready: Callable[[], None],
+) -> int:
+    """Serve from this process, with vLLM as its child."""
+    from serve import front  # FastAPI: the other commands do without
+
+    config = front.FrontConfig(
+        host=settings["host"],
+        port=settings["port"],
+        socket_path=uds,
+        shutdown_timeout=settings["shutdown_timeout"],
+        slow_client_s=settings["slow_client_timeout"],
+        admission=front.AdmissionLimits(
+            streams=settings.profile.max_num_seqs,
+            max_num_queued_reqs=settings["max_num_queued_reqs"],
+            max_num_queued_tokens=settings["max_num_queued_tokens"]
+            or 2 * settings.profile.max_model_len,
+            max_body_bytes=settings["max_body_bytes"],
+        ),
+        watch=front.WatchConfig(
+            report_dir=settings["report_dir"] or run_path("reports"),
+            model=settings.profile.served_model_name,
+            stall_timeout_s=settings["stall_timeout"],
+            canary_interval_s=settings["canary_interval"],
+        ),
+    )
+    front.check_socket_path(uds)
+    uds.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    sock = front.listen(config.host, config.port)
+    return front.run(front.serve(config, command, env, sock, on_ready))
+
+
+def print_summary(record: Path, model: Path) -> None:
+    """Print what the engine loaded; nothing that goes wrong with it may stop the server."""
+    print(summary(record, str(model)), flush=True)
 
 
 def prepare_capture(folder: Path) -> None:
@@ -112,15 +172,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m serve", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run_parser = commands.add_parser("run", help="check everything, then serve")
-    run_parser.add_argument("--profile", required=True, help=f"one of {profile_names()}")
-    run_parser.add_argument("--host", default="127.0.0.1")
-    run_parser.add_argument("--port", type=port, default=8000)
-    run_parser.add_argument("--model", type=Path, metavar="DIR", help="instead of the profile's")
+    add_flags(run_parser)
     run_parser.add_argument(
-        "--num-speculative-tokens",
-        type=int,
-        choices=range(MAX_SPECULATIVE_TOKENS + 1),
-        help="instead of the profile's; 0 serves without MTP",
+        "--env-file", type=Path, metavar="FILE", default=Path(".env"), help="settings; .env"
     )
     run_parser.add_argument(
         "--capture", type=Path, metavar="DIR", help="let `retrofit capture` record calibration rows"
@@ -133,15 +187,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     plan_parser.add_argument("--profile", required=True, help=f"one of {profile_names()}")
     plan_parser.add_argument("--model", type=Path, metavar="DIR", help="read its config, headers")
     plan_parser.add_argument("--json", action="store_true", help="for other programs")
+    table_parser = commands.add_parser("profiles", help="what each needs; does it fit here")
+    table_parser.add_argument("--json", action="store_true", help="for other programs")
     return parser.parse_args(argv)
-
-
-def port(text: str) -> int:
-    """Parse a TCP port."""
-    value = int(text)
-    if not 1 <= value <= 65535:
-        raise argparse.ArgumentTypeError(f"port {value}; must be in 1..65535")
-    return value
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -150,8 +198,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.command == "plan":
             run_plan(load_profile(arguments.profile), arguments.model, arguments.json)
+        elif arguments.command == "profiles":
+            run_profiles(arguments.json)
         else:
-            run(arguments)
+            return run(arguments)
     except ServeError as error:
         print(f"serve: {error}", file=sys.stderr)
         return error.exit_code

@@ -14,9 +14,11 @@ def vllm_command(
     port: int,
     num_speculative_tokens: int,
     capture: bool = False,
+    uds: Path | None = None,
 ) -> list[str]:
     """Return the argument vector that starts vLLM's OpenAI server.
 
+    With `uds` it listens on that unix socket instead of host and port.
     With `capture` the draft gets no rejected tokens, and nothing runs in a CUDA graph.
 
     The API server's module is started rather than `vllm serve`: that command asks for the version
@@ -25,7 +27,7 @@ def vllm_command(
     command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"]
     command += ["--model", str(model)]
     command += ["--served-model-name", profile.served_model_name]
-    command += ["--host", host, "--port", str(port)]
+    command += ["--uds", str(uds)] if uds else ["--host", host, "--port", str(port)]
     command += ["--tokenizer-mode", "deepseek_v4"]
     command += ["--reasoning-parser", profile.reasoning_parser.value]
     command += ["--default-chat-template-kwargs", json.dumps({"thinking": profile.thinking})]

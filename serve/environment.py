@@ -1,6 +1,7 @@
 """Environment variables: the only file that reads them, and what vLLM is started with."""
 
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,12 @@ from serve.errors import ConfigError
 from serve.profiles import Device, Profile
 
 PLUGIN = "dsv4_maxq"
+PREFIX = "SERVE_"  # of variables that are settings, see settings.py
+ENV_LINE = re.compile(
+    r"""(?:export\s+)?(?P<name>[A-Za-z_]\w*)\s*=\s*
+    (?:"(?P<double>[^"]*)"|'(?P<single>[^']*)'|(?P<bare>[^"'].*?|))(?:\s+\#.*)?""",
+    re.VERBOSE,
+)
 LOAD_RECORD = "DSV4_LOAD_RECORD"  # read by the plugin, see kernels/load_record.py
 CAPTURE_DIR = "DSV4_CAPTURE_DIR"  # read by the plugin, see kernels/capture.py
 
@@ -37,6 +44,7 @@ def added_environment(
 ) -> dict[str, str]:
     """Return the variables that the profile sets, whatever the caller's environment says."""
     added = {"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    added["PYTHONFAULTHANDLER"] = "1"  # an abort writes the stacks, see evidence.py
     if profile.device is Device.CPU:
         added |= {
             "OMP_NUM_THREADS": str(profile.cpu_num_threads),
@@ -54,4 +62,47 @@ def load_record_path(port: int) -> Path:
     """Where the engine says what it loaded: the variable's path, or one for each port."""
     if given := os.environ.get(LOAD_RECORD):
         return Path(given)
-    return Path(tempfile.gettempdir()) / f"dsv4-maxq-{os.getuid()}" / f"load-{port}.json"
+    return run_path(f"load-{port}.json")
+
+
+def run_path(name: str) -> Path:
+    """Where a file of a running server is: in a folder of this user's."""
+    return Path(tempfile.gettempdir()) / f"dsv4-maxq-{os.getuid()}" / name
+
+
+def our_variables(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variables that are settings of ours, from the environment."""
+    given = os.environ if environment is None else environment
+    return {name: value for name, value in given.items() if name.startswith(PREFIX)}
+
+
+def read_env_file(path: Path) -> dict[str, str]:
+    """Our settings in a file of NAME=VALUE lines, as docker compose reads; others are not ours.
+
+    A file that is not there is an empty one. Values may be quoted; ` #` starts a comment.
+
+    Raises:
+        ConfigError: a line of another form, or a name given twice.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    found: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        match = ENV_LINE.fullmatch(line.strip())
+        if match is None:
+            raise ConfigError(f"{path}: line {number}: must be NAME=VALUE")
+        name = match["name"]
+        if not name.startswith(PREFIX):
+            continue
+        if name in found:
+            raise ConfigError(f"{path}: line {number}: {name} is given twice")
+        found[name] = next(
+            value for value in match.group("double", "single", "bare") if value is not None
+        )
+    return found

@@ -14,7 +14,7 @@ from serve import engine
 from serve.errors import EngineError
 from serve.shapes import flash_config
 
-RUN = ["run", "--profile", "cpu-tiny"]
+RUN = ["run", "--profile", "cpu-tiny", "--gateway", "off"]
 
 
 @pytest.fixture
@@ -65,6 +65,48 @@ def test_dry_run_prints_the_command_and_starts_nothing(started, capsys):
     assert '"num_speculative_tokens": 2' in printed
 
 
+def test_by_default_vllm_listens_on_a_socket_behind_the_gateway(started, capsys):
+    assert cli.main(["run", "--profile", "cpu-tiny", "--dry-run", "--port", "8123"]) == 0
+    printed = capsys.readouterr().out
+    assert "dsv4-maxq-" in printed.partition("--uds ")[2].split()[0]
+    assert printed.partition("--uds ")[2].split()[0].endswith("/engine-8123.sock")
+    assert "--port" not in printed
+
+
+def test_the_gateway_runs_the_checked_command(started, checkpoint, monkeypatch):
+    calls = []
+    monkeypatch.setattr(cli, "check_engine", lambda: None)
+    monkeypatch.setattr(cli, "run_front", lambda *given: calls.append(given) or 7)
+    options = ["run", "--profile", "cpu-tiny", "--model", str(checkpoint), "--stall-timeout", "9"]
+    assert cli.main(options) == 7
+    [(settings, command, env, uds, _)] = calls
+    assert settings["stall_timeout"] == 9.0
+    assert command[command.index("--uds") + 1] == str(uds)
+    assert env["PYTHONFAULTHANDLER"] == "1"
+    assert started == []
+
+
+def test_a_capture_is_bare_unless_the_gateway_is_asked_for(started, tmp_path, capsys):
+    options = ["run", "--profile", "cpu-tiny", "--dry-run", "--capture", str(tmp_path / "rows")]
+    assert cli.main(options) == 0
+    assert "--uds" not in capsys.readouterr().out
+    assert cli.main([*options, "--gateway", "on"]) == 0
+    assert "--uds" in capsys.readouterr().out
+
+
+def test_settings_come_from_the_environment_and_a_file(started, tmp_path, monkeypatch, capsys):
+    (tmp_path / "settings").write_text("SERVE_MAX_NUM_SEQS=3\nSERVE_PORT=8124\n")
+    monkeypatch.setenv("SERVE_PORT", "8125")
+    assert cli.main([*RUN, "--dry-run", "--env-file", str(tmp_path / "settings")]) == 0
+    printed = capsys.readouterr()
+    assert "--port 8125" in printed.out
+    assert "--max-num-seqs 3" in printed.out
+    assert "serve: max_num_seqs = 3 (.env)\n" in printed.err
+    monkeypatch.setenv("SERVE_PROT", "8125")
+    assert cli.main([*RUN, "--dry-run"]) == 2
+    assert "SERVE_PROT: no such setting" in capsys.readouterr().err
+
+
 def test_run_checks_everything_and_becomes_vllm(started, checkpoint, monkeypatch):
     checked = []
     monkeypatch.setattr(cli, "check_engine", lambda: checked.append(True))
@@ -90,8 +132,11 @@ def test_run_checks_everything_and_becomes_vllm(started, checkpoint, monkeypatch
     ],
 )
 def test_a_bad_command_line_is_exit_status_2(arguments):
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(arguments)
+    try:
+        status = cli.main(arguments)
+    except SystemExit as end:  # argparse's
+        status = end.code
+    assert status == 2
 
 
 def test_an_unknown_profile_is_exit_status_2(capsys):
@@ -116,7 +161,7 @@ def test_a_model_that_the_ranks_cannot_share_is_exit_status_3(
     monkeypatch.setattr(cli, "check_engine", lambda: None)
     config = flash_config() | {"o_groups": 7}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    arguments = ["run", "--profile", "524k", "--model", str(tmp_path)]
+    arguments = ["run", "--profile", "524k", "--gateway", "off", "--model", str(tmp_path)]
     assert cli.main(arguments) == 3
     assert "tensor_parallel_size = 2 does not divide o_groups = 7" in capsys.readouterr().err
     assert started == []

@@ -1,0 +1,300 @@
+"""The engine as a child: started, watched, ended as a whole, restarted with back-off.
+
+The child leads a process group of its own, so that what it started ends with it. Its output is
+passed on unchanged and read for the stage it is in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+
+from serve.http_errors import Refusal
+from serve.relay import end_quietly
+from serve.stages import Lines, Progress, Stage, read_line
+
+PR_SET_PDEATHSIG = 1
+READ_BYTES = 2**16
+TAIL_LINES = 2000
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When the supervisor gives up, and how long it waits. All in seconds but max_ends."""
+
+    max_ends: int = 3  # unasked ends of the engine within window_s; the last is not restarted
+    window_s: float = 900.0
+    back_off_s: float = 1.0  # doubled with each end within the window
+    max_back_off_s: float = 60.0
+    stop_s: float = 10.0  # from TERM to KILL
+    poll_s: float = 0.25
+    max_retry_after_s: int = 120
+
+
+@dataclass(frozen=True)
+class End:
+    """One unasked end of the engine."""
+
+    at_unix_s: float
+    reason: str
+    report: Path | None = None  # what was dumped before it was ended
+
+
+def in_child() -> None:
+    """Runs in the child before it becomes the engine."""
+    # The engine must not outlive us, not even when we are killed; it ends its own children on TERM.
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    # A wedged engine is aborted for its stacks; 90 GB of core file are not wanted.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+
+def write_to_stdout(data: bytes) -> None:
+    """Pass on the engine's output, all of it."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(1, rest) :]
+
+
+def signal_group(group: int, number: signal.Signals) -> bool:
+    """Signal a process group; whether there was one."""
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+class Supervisor:
+    """Runs the engine's command until it is told to stop.
+
+    Args:
+        command, environment: of the engine.
+        socket_path: where the engine will listen.
+        on_ready: called at each life's first ready.
+        echo: takes the engine's output as it comes, in a thread.
+    """
+
+    def __init__(
+        self,
+        command: list[str],
+        environment: dict[str, str],
+        socket_path: Path,
+        limits: Limits | None = None,
+        on_ready: Callable[[], None] = lambda: None,
+        echo: Callable[[bytes], object] | None = None,
+    ) -> None:
+        self.limits = limits or Limits()
+        self.socket_path = socket_path
+        self.stage, self.progress = Stage.STARTING, None  # type: Stage, Progress | None
+        self.stage_since_s = self.life_since_s = time.monotonic()
+        self.ends: list[End] = []
+        self.num_lives = 0
+        self.failure = ""
+        self.pid = 0
+        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self.dump: Callable[[], Awaitable[Path | None]] | None = None
+        self._command, self._environment = command, environment
+        self._on_ready = on_ready
+        self._echo = echo or write_to_stdout
+        self._stop = asyncio.Event()
+        self._stalled: asyncio.Future[str] | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self.stage is Stage.READY
+
+    @property
+    def serving(self) -> bool:
+        """Whether the engine works on requests, old ones at least."""
+        return self.stage in (Stage.READY, Stage.DRAINING)
+
+    def report_stall(self, reason: str) -> None:
+        """Ask for the end of an engine that makes no progress; `run` dumps, ends, restarts it."""
+        if self._stalled is not None and not self._stalled.done():
+            self._stalled.set_result(reason)
+
+    def drain(self) -> None:
+        """Take no new work from now on."""
+        if self.stage is Stage.READY:
+            self._enter(Stage.DRAINING)
+
+    def stop(self) -> None:
+        """End the engine and `run`."""
+        self._stop.set()
+
+    def refusal(self) -> Refusal:
+        """What a request is told while the engine takes none."""
+        if self.stage is Stage.FAILED:
+            return Refusal(503, f"the engine failed and is not restarted: {self.failure}")
+        if self.stage in (Stage.DRAINING, Stage.STOPPED):
+            return Refusal(503, "the server is shutting down", 10)
+        return Refusal(503, f"the engine is not ready: {self.describe()}", self.retry_after_s())
+
+    def lost(self) -> Refusal:
+        """What a request is told that the engine dropped."""
+        wait_s = self.retry_after_s() if self.stage is not Stage.FAILED else None
+        return Refusal(503, "the engine ended while it worked on this request", wait_s)
+
+    def describe(self) -> str:
+        """The stage and its progress in words."""
+        if self.progress is None:
+            return self.stage.value
+        return (
+            f"{self.stage.value}, {self.progress.what} {self.progress.done}/{self.progress.total}"
+        )
+
+    def retry_after_s(self) -> int:
+        """Seconds until asking again makes sense: the rest of the stage at its rate so far."""
+        seconds = 5.0
+        if self.progress and 0 < self.progress.done < self.progress.total:
+            spent = time.monotonic() - self.stage_since_s
+            seconds = spent / self.progress.done * (self.progress.total - self.progress.done)
+        return max(1, min(self.limits.max_retry_after_s, round(seconds)))
+
+    async def run(self) -> None:
+        """Keep the engine running; returns after `stop`, with nothing of it left."""
+        while not self._stop.is_set():
+            reason, report = await self._live()
+            if self._stop.is_set():
+                break
+            self.ends.append(End(time.time(), reason, report))
+            recent = [e for e in self.ends if e.at_unix_s > time.time() - self.limits.window_s]
+            if len(recent) >= self.limits.max_ends:
+                self.failure = (
+                    f"{len(recent)} ends within {self.limits.window_s / 60:.0f} minutes; "
+                    f"the last: {reason}"
+                )
+                self._enter(Stage.FAILED)
+                self.say(f"not restarted: {self.failure}")
+                await self._stop.wait()
+                break
+            self._enter(Stage.RESTARTING)
+            wait_s = self.limits.back_off_s * 2 ** (len(recent) - 1)
+            wait_s = min(wait_s, self.limits.max_back_off_s)
+            self.say(f"{reason}; restart in {wait_s:g} s")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), wait_s)
+        self._enter(Stage.STOPPED)
+
+    async def _live(self) -> tuple[str, Path | None]:
+        """One life of the engine. Returns why it ended, and a report when it was ended for that."""
+        self.num_lives += 1
+        self.life_since_s = time.monotonic()
+        self._enter(Stage.STARTING)
+        self.socket_path.unlink(missing_ok=True)
+        self._stalled = asyncio.get_running_loop().create_future()
+        process = await self._spawn()
+        self.pid = process.pid
+        ended = asyncio.create_task(process.wait())
+        stopping = asyncio.create_task(self._stop.wait())
+        probe = asyncio.create_task(self._wait_until_ready())
+        report = None
+        try:
+            await asyncio.wait(
+                (ended, stopping, self._stalled), return_when=asyncio.FIRST_COMPLETED
+            )
+            if ended.done():
+                number = process.returncode
+                reason = f"the engine ended with exit status {number}"
+                if number < 0:
+                    reason = f"the engine was ended by {signal.Signals(-number).name}"
+            elif stopping.done():
+                reason = "stopped"
+                await self._end_gently(process, ended)
+            else:
+                reason = self._stalled.result()
+                self._enter(Stage.RESTARTING)
+                self.say(f"{reason}; it is ended")
+                report = await self.dump() if self.dump else None
+        finally:
+            await end_quietly(probe)
+            signal_group(process.pid, signal.SIGKILL)  # also what a dead leader left behind
+            await ended
+            await end_quietly(stopping)
+            self.pid = 0
+        return reason, report
+
+    async def _spawn(self) -> asyncio.subprocess.Process:
+        read_end, write_end = os.pipe()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self._command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=write_end,
+                stderr=write_end,
+                env=self._environment,
+                start_new_session=True,
+                preexec_fn=in_child,
+            )
+        except BaseException:
+            os.close(read_end)
+            raise
+        finally:
+            os.close(write_end)
+        # In a thread: where our own output is blocked, only the engine's waits, not the gateway.
+        loop = asyncio.get_running_loop()
+        threading.Thread(target=self._pump, args=(read_end, loop), daemon=True).start()
+        return process
+
+    def _pump(self, read_end: int, loop: asyncio.AbstractEventLoop) -> None:
+        lines = Lines()
+        with open(read_end, "rb", buffering=0) as output:  # noqa: PTH123 (a descriptor)
+            while data := output.read(READ_BYTES):
+                with contextlib.suppress(OSError):
+                    self._echo(data)
+                if whole := lines.feed(data):
+                    with contextlib.suppress(RuntimeError):  # the loop is closed
+                        loop.call_soon_threadsafe(self._read, whole)
+
+    def _read(self, lines: list[str]) -> None:
+        for line in lines:
+            self.tail.append(line)
+            if self.stage in (Stage.READY, Stage.DRAINING, Stage.RESTARTING, Stage.FAILED):
+                continue
+            if seen := read_line(line):
+                stage, progress = seen
+                self._enter(stage, progress)
+
+    def _enter(self, stage: Stage, progress: Progress | None = None) -> None:
+        if stage is not self.stage:
+            self.stage_since_s = time.monotonic()
+        self.stage, self.progress = stage, progress
+
+    async def _wait_until_ready(self) -> None:
+        connector = aiohttp.UnixConnector(str(self.socket_path), force_close=True)
+        timeout = aiohttp.ClientTimeout(total=5)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+            while True:
+                with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
+                    async with session.get("http://engine/health") as response:
+                        if response.status == 200:
+                            break
+                await asyncio.sleep(self.limits.poll_s)
+        self._enter(Stage.READY)
+        self._on_ready()
+
+    async def _end_gently(
+        self, process: asyncio.subprocess.Process, ended: asyncio.Task[int]
+    ) -> None:
+        """TERM to the leader, which ends its children, and time for it; `_live` kills the rest."""
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        await asyncio.wait((ended,), timeout=self.limits.stop_s)
+
+    def say(self, text: str) -> None:
+        """Tell the log."""
+        print(f"serve: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,159 @@
+"""Notices an engine that makes no progress, and gathers what is known about it before it is ended.
+
+Progress is a change in what the engine says of its steps. It is asked for only while *we* hold
+requests that wait for the engine: vLLM's own count of running requests has been seen at 0 in a
+wedged engine, and a client that reads slowly or has not sent its whole request is no fault of the
+engine's. An idle engine has no steps; it is asked for one token now and then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+
+from serve.evidence import gather_evidence
+from serve.relay import Relay, end_quietly
+from serve.supervisor import Supervisor
+
+# vLLM observes a step's histogram only when the step gives a request an output: the steps of a long
+# prefill move the use of the KV cache alone, until the first token.
+PROGRESS = (
+    "vllm:iteration_tokens_total_count",
+    "vllm:prompt_tokens_total",
+    "vllm:generation_tokens_total",
+    "vllm:kv_cache_usage_perc",
+)
+MAX_POLL_S = 2.0
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """stall_timeout_s: longest time without progress. canary_interval_s: of an idle engine."""
+
+    report_dir: Path
+    model: str
+    stall_timeout_s: float = 120.0
+    canary_interval_s: float = 300.0
+
+
+def read_progress(metrics: str) -> tuple[str, ...]:
+    """The samples of a metrics page that show progress; they are compared, not computed with."""
+    return tuple(
+        line
+        for line in metrics.splitlines()
+        if line.startswith(PROGRESS) and line.partition("{")[0].partition(" ")[0] in PROGRESS
+    )
+
+
+class Watchdog:
+    """Watches one supervisor's engine; `run` ends with its task."""
+
+    def __init__(self, config: WatchConfig, supervisor: Supervisor, relay: Relay) -> None:
+        self.config = config
+        self.num_stalls = self.num_canaries = self.num_canaries_failed = 0
+        self._supervisor, self._relay = supervisor, relay
+        self._life = 0
+        self._seen: tuple[str, ...] = ()
+        self._moved_s = self._proved_s = time.monotonic()
+        self._canary: asyncio.Task[None] | None = None
+        supervisor.dump = self.dump
+
+    @property
+    def since_progress_s(self) -> float:
+        """Seconds for which the engine has owed progress."""
+        return time.monotonic() - self._moved_s
+
+    async def run(self) -> None:
+        """Look at the engine until cancelled."""
+        poll_s = min(MAX_POLL_S, self.config.stall_timeout_s / 8)
+        connector = aiohttp.UnixConnector(str(self._supervisor.socket_path), force_close=True)
+        async with aiohttp.ClientSession(connector=connector) as session:
+            try:
+                while True:
+                    await self._look(session)
+                    await asyncio.sleep(poll_s)
+            finally:
+                await end_quietly(self._canary)
+
+    async def _look(self, session: aiohttp.ClientSession) -> None:
+        supervisor, now = self._supervisor, time.monotonic()
+        if not supervisor.serving or supervisor.num_lives != self._life:
+            self._life, self._seen = supervisor.num_lives, ()
+            self._moved_s = self._proved_s = now
+            await end_quietly(self._canary)
+            self._canary = None
+            return
+        if self._canary and self._canary.done():
+            self._canary = None
+        waiting = self._relay.num_waiting
+        if waiting or self._canary:
+            seen = await self._read(session)
+            if seen and seen != self._seen:
+                self._seen, self._moved_s = seen, time.monotonic()
+                self._proved_s = self._moved_s
+            elif self.since_progress_s > self.config.stall_timeout_s:
+                self.num_stalls += 1
+                who = f"{waiting} request(s)" if waiting else "a test request"
+                supervisor.report_stall(
+                    f"the engine made no progress for {self.since_progress_s:.0f} s while {who} "
+                    "waited for it"
+                )
+                self._moved_s = time.monotonic()
+            return
+        self._moved_s = now
+        if now - self._proved_s > self.config.canary_interval_s:
+            self.num_canaries += 1
+            self._proved_s = now
+            self._canary = asyncio.create_task(self._ask_one_token(session))
+
+    async def _read(self, session: aiohttp.ClientSession) -> tuple[str, ...]:
+        """What the engine says of its steps; nothing when it does not answer."""
+        timeout = aiohttp.ClientTimeout(total=max(1.0, self.config.stall_timeout_s / 4))
+        with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
+            async with session.get("http://engine/metrics", timeout=timeout) as response:
+                return read_progress(await response.text())
+        return ()
+
+    async def _ask_one_token(self, session: aiohttp.ClientSession) -> None:
+        body = {"model": self.config.model, "prompt": "1", "max_tokens": 1, "temperature": 0}
+        timeout = aiohttp.ClientTimeout(total=None)
+        try:
+            async with session.post(
+                "http://engine/v1/completions", json=body, timeout=timeout
+            ) as response:
+                answered = response.status == 200
+                await response.read()
+        except (aiohttp.ClientError, OSError):
+            answered = False
+        self.num_canaries_failed += not answered
+
+    async def dump(self) -> Path | None:
+        """Write what is known of a stalled engine to a file, which takes its processes' lives."""
+        supervisor = self._supervisor
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        path = self.config.report_dir / f"stall-{stamp}-{supervisor.pid}.json"
+        # First: the requests end with the engine.
+        requests = [
+            {
+                "path": flight.path,
+                "age_s": round(time.monotonic() - flight.started_s, 3),
+                "bytes_out": flight.num_bytes_out,
+            }
+            for flight in self._relay.flights
+        ]
+        evidence = await gather_evidence(supervisor.pid, supervisor.tail)
+        evidence |= {"requests": requests, "progress": list(self._seen)}
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.write_text(json.dumps(evidence, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            supervisor.say(f"{path}: {error.strerror}")
+            return None
+        supervisor.say(f"what is known of the stalled engine is in {path}")
+        return path

@@ -1,0 +1,93 @@
+import contextlib
+import http.client
+import json
+import socket
+
+import pytest
+
+from serve.admission import Admission, AdmissionLimits
+from serve.relay import Flight
+from tests.serve.front_process import running_front, wait_until
+
+LIMITS = AdmissionLimits(2, max_num_queued_reqs=1, max_num_queued_tokens=100, max_body_bytes=4000)
+
+
+def flight(num_bytes=40, first_byte_s=0.0, work=True, started_s=0.0):
+    return Flight("/v1/x", work, None, started_s, first_byte_s, num_bytes_in=num_bytes)
+
+
+def test_requests_beyond_streams_and_queue_are_429():
+    admission = Admission(LIMITS)
+    flights = {flight(), flight()}
+    assert admission.refusal(40, flights) is None
+    assert admission.refusal(40, flights | {flight(work=False)}) is None
+    refusal = admission.refusal(40, flights | {flight()})
+    assert refusal.status == 429
+    assert "3 requests are in work or wait; at most 3" in refusal.message
+    assert admission.num_refused == 1
+
+
+def test_prompts_that_wait_are_bounded_by_tokens_but_one_is_always_taken():
+    admission = Admission(LIMITS)
+    assert admission.refusal(4000, set()) is None
+    assert admission.refusal(360, {flight(40)}) is None
+    refusal = admission.refusal(364, {flight(40)})
+    assert refusal.status == 429
+    assert "about 101 prompt tokens would wait; at most 100" in refusal.message
+    assert admission.refusal(364, {flight(40, first_byte_s=1.0)}) is None  # decodes
+
+
+def test_retry_after_follows_the_measured_rates():
+    admission = Admission(LIMITS)
+    admission.learn(flight(4000, first_byte_s=100.0, started_s=0.0), 140.0)  # 10 tokens/s, 140 s
+    assert admission.refusal(40, {flight() for _ in range(3)}).retry_after_s == 70
+    assert admission.refusal(960, {flight(40)}).retry_after_s == 15
+    admission.learn(flight(first_byte_s=0.0), 9999.0)  # no answer, no lesson
+    assert admission.refusal(40, {flight() for _ in range(3)}).retry_after_s == 70
+
+
+def test_a_body_that_is_too_large_is_413_without_retry():
+    refusal = Admission(LIMITS).refusal(4001, set())
+    assert (refusal.status, refusal.retry_after_s) == (413, None)
+
+
+@pytest.fixture(scope="module")
+def front(tmp_path_factory):
+    limits = {"streams": 1, "max_num_queued_reqs": 1, "max_body_bytes": 1000}
+    with running_front(tmp_path_factory.mktemp("f"), [{}], admission=limits) as front:
+        front.wait_until_ready()
+        yield front
+
+
+def test_a_full_front_says_429_and_takes_work_again(front):
+    held = [front.begin(events=1000, gap_s=0.05) for _ in range(2)]
+    status, headers, body = front.post(events=1)
+    assert status == 429
+    assert int(headers["Retry-After"]) >= 1
+    assert json.loads(body)["error"]["type"] == "RateLimitError"
+    assert front.ask("GET", "/v1/models")[0] == 200
+    for connection, _ in held:
+        connection.close()
+        connection.sock = None
+    del held
+
+    def taken():
+        return front.post(events=1)[0] == 200
+
+    wait_until(taken, "work is taken again", 5)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_large_body_is_413_with_and_without_its_length_announced(front, chunked):
+    with socket.create_connection(("127.0.0.1", front.port), timeout=10) as sock:
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+        if chunked:
+            head += b"Transfer-Encoding: chunked\r\n\r\n"
+            sock.sendall(head + b"258\r\n" + b"x" * 600 + b"\r\n258\r\n" + b"x" * 600 + b"\r\n")
+        else:
+            sock.sendall(head + b"Content-Length: 1001\r\n\r\n")
+        response = http.client.HTTPResponse(sock)
+        with contextlib.closing(response):
+            response.begin()
+            assert response.status == 413
+            assert json.loads(response.read())["error"]["type"] == "RequestTooLargeError"

@@ -1,0 +1,249 @@
+"""The relay, between real sockets: a front in a process, the fake engine behind it."""
+
+import contextlib
+import gzip
+import http.client
+import json
+import random
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from serve.relay import is_work, kept_headers
+from tests.serve.front_process import is_running, running_front, wait_until
+
+
+@pytest.fixture(scope="module")
+def front(tmp_path_factory):
+    with running_front(tmp_path_factory.mktemp("f"), [{}]) as front:
+        front.wait_until_ready()
+        yield front
+
+
+def chunked(parts):
+    return b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
+
+
+def cut(data, generator):
+    """Data in pieces of random sizes, 1 byte among them."""
+    parts = []
+    while data:
+        size = generator.choice((1, 2, 7, 100, 5000))
+        parts.append(data[:size])
+        data = data[size:]
+    return parts
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_bytes_out_are_bytes_in_however_they_are_cut(front, seed):
+    """The body holds what would tempt a relay to decode: split UTF-8, CRLF, SSE, NUL."""
+    generator = random.Random(seed)
+    pieces = [
+        "ﾟ漢字🙂\r\n".encode(),
+        b"data: {}\n\n",
+        b"\r",
+        b"\n",
+        b"\x00\xff\xfe",
+        b"data: [DONE]\n\n",
+    ]
+    data = b"".join(generator.choice(pieces) for _ in range(2000))
+    head = b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", front.port), timeout=10) as sock:
+        sock.sendall(head)
+        for part in cut(chunked(cut(data, generator)), generator):
+            sock.sendall(part)
+        response = http.client.HTTPResponse(sock)
+        response.begin()
+        assert response.read() == data
+
+
+def test_path_query_status_and_headers_pass_unchanged(front):
+    target = "/echo?a=%2F&b=%E2%82%AC+x&b=&c"
+    headers = {"X-Ours": "é".encode(), "Connection": "x-private", "X-Private": "1"}
+    status, answered, _ = front.ask("PUT", target, b"{}", headers)
+    method, path, query, seen = json.loads(answered["x-head"])
+    assert (status, method, path, query) == (207, "PUT", "/echo", target.partition("?")[2])
+    seen = dict(seen)
+    assert seen["x-ours"].encode("latin-1") == "é".encode()
+    assert seen["content-length"] == "2"
+    assert seen["host"] == f"127.0.0.1:{front.port}"
+    assert seen["connection"] == "close"  # of the relay's own connection
+    assert not {"x-private", "accept", "user-agent"} & seen.keys()
+    assert "x-mine" not in answered  # named in the engine's Connection header
+
+
+def test_an_escaped_path_is_not_decoded(front):
+    _, answered, _ = front.ask("GET", "/echo")
+    assert json.loads(answered["x-head"])[3] != []
+    status, _, _ = front.ask("GET", "/v1/models/a%2Fb%20c")
+    assert status == 200
+
+
+def test_each_event_arrives_when_it_is_sent(front):
+    connection, response = front.begin(events=5, gap_s=0.2)
+    with contextlib.closing(connection):
+        arrivals = []
+        for _ in range(5):
+            assert response.readline().startswith(b"data: ")
+            response.readline()
+            arrivals.append(time.monotonic())
+        gaps = [b - a for a, b in zip(arrivals, arrivals[1:], strict=False)]
+        assert min(gaps) > 0.1
+
+
+def test_an_upload_streams_too(front):
+    """The engine's echo of the first part comes before the second is sent."""
+    with socket.create_connection(("127.0.0.1", front.port), timeout=10) as sock:
+        head = b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        sock.sendall(head + b"5\r\nfirst\r\n")
+        response = http.client.HTTPResponse(sock)
+        response.begin()
+        assert response.read1(100) == b"first"
+        sock.sendall(b"6\r\nsecond\r\n0\r\n\r\n")
+        assert response.read() == b"second"
+
+
+def test_a_compressed_answer_is_not_decompressed(front):
+    packed = gzip.compress(b"x" * 100)
+    job = {"parts": [packed.decode("latin-1")], "encoding": "gzip"}
+    _, headers, body = front.post(**job)
+    assert headers["Content-Encoding"] == "gzip"
+    assert body == packed + b"data: [DONE]\n\n"
+
+
+def test_an_event_of_4_mb_passes(front):
+    status, _, body = front.post(events=1, size=4 * 2**20)
+    assert status == 200
+    assert len(json.loads(body.split(b"\n\n")[0][6:])["text"]) == 4 * 2**20
+
+
+def test_the_engine_s_own_errors_pass_unchanged(front):
+    status, _, body = front.post(status=418)
+    assert (status, body) == (418, b'{"error": {"message": "told to"}}')
+
+
+@pytest.mark.parametrize("job", [{"events": 1000, "gap_s": 0.02}, {"prefill_steps": 10_000}])
+def test_a_client_that_goes_away_ends_its_request_at_the_engine(front, job):
+    """In the middle of the answer, and before its first byte."""
+    before = front.num_aborted
+    connection = front.connect()
+    connection.request("POST", "/v1/completions", json.dumps(job))
+    if "events" in job:
+        connection.getresponse().read1(10)
+    else:
+        time.sleep(0.3)
+    assert front.num_aborted == before
+    connection.sock.close() if connection.sock else None
+    connection.close()
+    wait_until(lambda: front.num_aborted == before + 1, "the engine sees it", 3)
+
+
+def test_a_client_that_leaves_during_its_upload_leaves_nothing_behind(front):
+    with socket.create_connection(("127.0.0.1", front.port), timeout=10) as sock:
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+        time.sleep(0.1)
+    assert front.post(events=1)[0] == 200
+
+
+def test_many_requests_leave_no_socket_behind(front):
+    def num_open():
+        return len(list(Path(f"/proc/{front.process.pid}/fd").iterdir()))
+
+    front.post(events=1)
+    before = num_open()
+    with contextlib.closing(front.connect()) as connection:
+        for _ in range(500):
+            connection.request("POST", "/v1/completions", '{"events": 2}')
+            assert connection.getresponse().read().endswith(b"[DONE]\n\n")
+    wait_until(lambda: num_open() <= before, "sockets are closed", 5)
+
+
+def test_answers_on_a_kept_connection_do_not_wait_for_acknowledgements(front):
+    """Nagle's algorithm and delayed acknowledgements make 40 ms of each."""
+    with contextlib.closing(front.connect()) as connection:
+        connection.request("GET", "/livez")
+        connection.getresponse().read()
+        took = []
+        for _ in range(20):
+            start = time.monotonic()
+            connection.request("POST", "/v1/completions", '{"events": 2}')
+            connection.getresponse().read()
+            took.append(time.monotonic() - start)
+        assert sorted(took)[10] < 0.03
+
+
+def test_a_websocket_is_refused(front):
+    headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    headers["Sec-WebSocket-Key"] = "dGhlIHNhbXBsZSBub25jZQ=="
+    status, _, _ = front.ask("GET", "/v1/realtime", None, headers)
+    assert status == 403
+
+
+def test_a_slow_client_is_let_go(tmp_path):
+    with running_front(tmp_path, [{}], slow_client_s=0.5) as front:
+        front.wait_until_ready()
+        connection, _ = front.begin(events=200, size=2**20)
+        wait_until(lambda: front.num_aborted == 1, "the request ends", 10)
+        connection.close()
+        assert front.post(events=1)[0] == 200
+
+
+def test_the_engine_s_death_is_an_error_event_at_an_event_s_end(tmp_path):
+    with running_front(tmp_path, [{}]) as front:
+        front.wait_until_ready()
+        status, _, body = front.post(events=3, end="crash")
+        *events, last, rest = body.split(b"\n\n")
+        assert status == 200
+        assert [json.loads(event[6:])["n"] for event in events] == [0, 1, 2]
+        error = json.loads(last.removeprefix(b"data: "))["error"]
+        assert error["code"] == 503
+        assert "the engine ended" in error["message"]
+        assert rest == b""
+
+
+@pytest.mark.parametrize(
+    "job", [{"parts": ['data: {"n"'], "end": "crash"}, {"parts": ["{"], "type": "application/json"}]
+)
+def test_an_answer_that_broke_off_elsewhere_is_not_ended_as_if_whole(tmp_path, job):
+    with running_front(tmp_path, [{}]) as front:
+        front.wait_until_ready()
+        connection, response = front.begin(**{"end": "crash", **job})
+        with contextlib.closing(connection), pytest.raises(http.client.IncompleteRead):
+            response.read()
+
+
+def test_the_engine_s_death_before_the_answer_is_503_with_retry_after(tmp_path):
+    with running_front(tmp_path, [{}]) as front:
+        front.wait_until_ready()
+        status, headers, body = front.post(crash_before=True)
+        assert status == 503
+        assert 1 <= int(headers["Retry-After"]) <= 120
+        assert json.loads(body)["error"]["type"] == "ServiceUnavailableError"
+        front.wait_until_ready()
+        body = json.dumps({"crash_before": True})
+        status, _, body = front.ask("POST", "/v1/messages", body)
+        assert status == 503
+        assert json.loads(body)["error"]["type"] == "overloaded_error"
+
+
+def test_the_engine_s_stop_breaks_nothing_of_a_killed_front(tmp_path):
+    """Killed, we cannot end the engine; the kernel does."""
+    with running_front(tmp_path, [{}]) as front:
+        front.wait_until_ready()
+        [pid] = front.lives
+        front.process.send_signal(signal.SIGKILL)
+        wait_until(lambda: not is_running(pid), "the engine ends", 5)
+
+
+def test_headers_of_one_connection_do_not_pass():
+    headers = [(b"Connection", b"close, X-A"), (b"x-a", b"1"), (b"TE", b"x"), (b"B", b"2")]
+    assert kept_headers(headers) == [(b"b", b"2")]
+
+
+def test_work_is_what_the_engine_computes_for():
+    assert is_work("POST", "/v1/chat/completions")
+    assert not is_work("GET", "/v1/models")
+    assert not is_work("POST", "/tokenize")
