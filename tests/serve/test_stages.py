@@ -12,7 +12,7 @@ SHARDS = "Loading safetensors checkpoint shards"
     [
         (
             "(Worker pid=23466) INFO 11-24 16:48:51 [cpu_model_runner.py:68] Starting to load "
-            "model /work/tiny/checkpoint...",
+            "model /models/dsv4-tiny...",
             Stage.LOADING,
             None,
         ),
