@@ -14,11 +14,8 @@ from typing import Any
 
 def collect(repository: Path, checkpoint: Path) -> dict[str, Any]:
     """Return the provenance block of a result measured on this machine's CPU."""
-    commit = _git(repository, "rev-parse", "HEAD")
-    changes = _git(repository, "status", "--porcelain")
     return {
-        "commit": commit,
-        "dirty": bool(changes) if changes is not None else None,
+        **checkout(repository),
         "vllm": vllm_version(),
         "series_sha256": series_sha256(repository / "patches"),
         "checkpoint_sha256": checkpoint_sha256(checkpoint),
@@ -38,6 +35,26 @@ def recorded(value: Any, repository: Path) -> Any:
         return value
     inside = value.is_relative_to(repository)
     return str(value.relative_to(repository)) if inside else value.name
+
+
+def checkout(repository: Path) -> dict[str, Any]:
+    """`commit` and whether files differ from it (`dirty`); None outside a repository."""
+    changes = _git(repository, "status", "--porcelain")
+    return {
+        "commit": _git(repository, "rev-parse", "HEAD"),
+        "dirty": bool(changes) if changes is not None else None,
+    }
+
+
+def command_line(arguments: list[str], repository: Path) -> str:
+    """The command as results hold it: its absolute paths go through `recorded`."""
+    kept = []
+    for argument in arguments:
+        option, equals, value = argument.rpartition("=")
+        if Path(value).is_absolute():
+            value = recorded(Path(value), repository)
+        kept.append(option + equals + value)
+    return shlex.join(kept)
 
 
 def vllm_version() -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shlex
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,19 +20,16 @@ MOST_BYTES_HASHED = 1 << 30
 
 def collect(facts: ServerFacts, url: str, telemetry: Telemetry) -> dict[str, Any]:
     """Return the provenance block. What only the server's machine knows is None elsewhere."""
-    commit = provenance._git(REPOSITORY, "rev-parse", "HEAD")
-    changes = provenance._git(REPOSITORY, "status", "--porcelain")
     local = is_local(url)
     return {
-        "commit": commit,
-        "dirty": bool(changes) if changes is not None else None,
+        **provenance.checkout(REPOSITORY),
         "vllm": facts.version,
         "series_sha256": provenance.series_sha256(REPOSITORY / "patches"),
         **checkpoint_hashes(Path(facts.root) if facts.root and local else None),
         "device": provenance.cpu_model() if local else None,
         "cores": len(os.sched_getaffinity(0)) if local else None,
         "gpus": telemetry.devices(),
-        "command": command_line(sys.orig_argv),
+        "command": provenance.command_line(sys.orig_argv, REPOSITORY),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -49,14 +45,3 @@ def checkpoint_hashes(folder: Path | None) -> dict[str, str | None]:
     if sum(p.stat().st_size for p in folder.glob("*.safetensors")) <= MOST_BYTES_HASHED:
         hashes["checkpoint_sha256"] = provenance.checkpoint_sha256(folder)
     return hashes
-
-
-def command_line(arguments: list[str]) -> str:
-    """The command without this machine's folders: of an absolute path the last name is kept."""
-    kept = []
-    for argument in arguments:
-        option, equals, value = argument.rpartition("=")
-        if Path(value).is_absolute():
-            value = str(provenance.recorded(Path(value), REPOSITORY))
-        kept.append(option + equals + value)
-    return shlex.join(kept)

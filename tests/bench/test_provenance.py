@@ -38,3 +38,17 @@ def test_the_device_is_the_cpus_name(tmp_path):
 
 def test_outside_a_repository_there_is_no_commit(tmp_path):
     assert provenance._git(tmp_path, "rev-parse", "HEAD") is None
+
+
+def test_of_an_absolute_path_the_last_name_is_kept(tmp_path):
+    line = provenance.command_line(
+        ["/opt/venv/bin/python3", "-m", "bench.kernels", "--marlin", "/data/x/_moe_C.so",
+         "--out=/data/a.json", "--tokens", "1,2"], tmp_path,
+    )  # fmt: skip
+    assert line == ("python3 -m bench.kernels --marlin _moe_C.so --out=a.json --tokens 1,2")
+
+
+def test_the_recorded_command_names_no_folder(tmp_path):
+    command = ["python", "-m", "bench", "--result", "/home/me/a.json", "--tokenizer=/srv/tok"]
+    recorded = provenance.command_line(command, tmp_path)
+    assert recorded == "python -m bench --result a.json --tokenizer=tok"

@@ -1,16 +1,8 @@
-"""A result names no folder of the machine that it comes from."""
+"""What a kernel benchmark records of its libraries."""
 
 import hashlib
 
 from bench.kernels import origin
-
-
-def test_of_an_absolute_path_the_last_name_is_kept():
-    line = origin.command_line(
-        ["/opt/venv/bin/python3", "-m", "bench.kernels", "--marlin", "/data/x/_moe_C.so",
-         "--out=/data/a.json", "--tokens", "1,2"]
-    )  # fmt: skip
-    assert line == ("python3 -m bench.kernels --marlin _moe_C.so --out=a.json --tokens 1,2")
 
 
 def test_a_library_is_known_by_its_hash(tmp_path):

@@ -293,11 +293,6 @@ def test_gpus_are_read_only_of_a_server_on_this_machine(url, local):
     assert telemetry.is_local(url) is local
 
 
-def test_the_recorded_command_names_no_folder():
-    command = ["python", "-m", "bench", "--result", "/home/me/a.json", "--tokenizer=/srv/tok"]
-    assert origin.command_line(command) == "python -m bench --result a.json --tokenizer=tok"
-
-
 def test_a_large_checkpoint_is_known_by_its_index(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors.index.json").write_text("{}")
