@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,8 @@ from kernels import build, dispatch
 from kernels.tiled import tile_scale, tile_weight
 from scripts.make_full_size import FullSizeConfig
 from tests.kernels.library_folder import write_library
-from tests.loader.conftest import ROOT, TIMEOUT_S
+from tests.loader.conftest import TIMEOUT_S
+from tests.loader.ranks import run_ranks
 from tests.loader.scenarios import NUM_LAYERS, SCENARIOS, TINY, unbroken
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -55,23 +54,7 @@ def surroundings(tmp_path_factory) -> dict[str, str]:
 
 def load(folder: Path, env: dict[str, str], *options: str, ranks: int = 1) -> list[dict[str, Any]]:
     """What each rank's harness saw: scenario -> model -> outcome."""
-    shared = ["--world-size", str(ranks), "--rendezvous", folder / "rendezvous"]
-    processes = []
-    for rank in range(ranks):
-        command = [sys.executable, "-m", "tests.loader.harness", folder / f"{rank}.json"]
-        command += ["--rank", str(rank), "--save", folder / str(rank)]
-        command += [*(shared if ranks > 1 else []), *options]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes))
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=TIMEOUT_S)
-            assert process.returncode == 0, output[-6000:]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
+    return run_ranks(folder, ranks, *options, timeout_s=TIMEOUT_S, env=env)
 
 
 def kernels_of(outcomes: dict[str, Any]) -> dict[str, set[str]]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ pytest.importorskip("vllm")
 
 from scripts.make_full_size import FullSizeConfig, model_config
 from serve.shapes import checkpoint_tensors, flash_config
-from tests.loader.conftest import ROOT
+from tests.loader.ranks import run_ranks
 from tests.loader.scenarios import NUM_LAYERS, TINY
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -50,34 +47,9 @@ CUT = {
 Parameters = dict[str, torch.Tensor]
 
 
-def command(folder: Path, rank: int, *options: str) -> list[str]:
-    """The harness's: results under `folder`."""
-    start = [sys.executable, "-m", "tests.loader.harness", str(folder / f"{rank}.json")]
-    return [*start, "--save", str(folder / str(rank)), "--rank", str(rank), *options]
-
-
-def run_ranks(folder: Path, scenarios: list[str], *options: str) -> list[dict[str, Any]]:
-    """Load on all ranks at once; what each saw. Fails when one does not end in time."""
-    shared = ["--world-size", str(WORLD_SIZE), "--rendezvous", str(folder / "rendezvous")]
-    processes = [
-        subprocess.Popen(
-            [*command(folder, rank, *shared, *options), "--only", *scenarios],
-            cwd=ROOT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(WORLD_SIZE)
-    ]
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=TIMEOUT_S)
-            assert process.returncode == 0, output[-6000:]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD_SIZE)]
+def load(folder: Path, scenarios: list[str], *options: str) -> list[dict[str, Any]]:
+    """Load on all ranks at once; what each saw."""
+    return run_ranks(folder, WORLD_SIZE, *options, "--only", *scenarios, timeout_s=TIMEOUT_S)
 
 
 @pytest.fixture(scope="module")
@@ -88,21 +60,14 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(folder) -> list[dict[str, Any]]:
     """Scenario -> model -> what each rank saw."""
-    return run_ranks(folder, [*COMPLETE, *BROKEN])
+    return load(folder, [*COMPLETE, *BROKEN])
 
 
 @pytest.fixture(scope="module")
 def alone(folder, ranks) -> Path:
     """Folder of the parameters that one rank alone loads."""
     (folder / "alone").mkdir()
-    done = subprocess.run(
-        [*command(folder / "alone", 0), "--only", W4A16, PUBLISHED],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        timeout=TIMEOUT_S,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    run_ranks(folder / "alone", 1, "--only", W4A16, PUBLISHED, timeout_s=TIMEOUT_S)
     return folder / "alone" / "0"
 
 
@@ -184,6 +149,6 @@ def test_both_ranks_refuse_with_the_same_words(ranks, scenario):
 
 def test_with_expert_parallelism_each_rank_asks_for_every_expert(tmp_path):
     broken = "M one MTP expert absent"
-    for outcomes in run_ranks(tmp_path, [W4A16, broken], "--expert-parallel"):
+    for outcomes in load(tmp_path, [W4A16, broken], "--expert-parallel"):
         assert {result["outcome"] for result in outcomes[W4A16].values()} == {"complete"}
         assert re.match(".*: " + BROKEN[broken][1], outcomes[broken]["draft"]["message"])
