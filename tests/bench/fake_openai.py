@@ -1,13 +1,14 @@
 """A small OpenAI server in a thread, with vLLM's counters, for tests of the client and demo."""
 
 import asyncio
-import contextlib
 import json
-import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from aiohttp import web
+
+from tests.bench.serving import serve
 
 
 @dataclass
@@ -136,24 +137,6 @@ def _app(engine: FakeEngine) -> web.Application:
     return app
 
 
-@contextlib.contextmanager
-def fake_openai(engine: FakeEngine) -> Iterator[str]:
+def fake_openai(engine: FakeEngine) -> AbstractContextManager[str]:
     """Serve the engine on a free port; gives the URL."""
-    loop = asyncio.new_event_loop()
-    runner = web.AppRunner(_app(engine))
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-
-    async def start() -> str:
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        return f"http://127.0.0.1:{runner.addresses[0][1]}"
-
-    try:
-        yield asyncio.run_coroutine_threadsafe(start(), loop).result(10)
-    finally:
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
-        loop.close()
+    return serve(_app(engine))

@@ -7,15 +7,15 @@ wrote each chunk on the clock that the client reads.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import threading
 import time
 import zlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from aiohttp import web
+
+from tests.bench.serving import serve
 
 TEMPLATE_TOKENS = 4  # what the chat template adds
 BOS = 1
@@ -249,23 +249,6 @@ def _app(server: FakeServer) -> web.Application:
     return app
 
 
-@contextlib.contextmanager
-def serving(server: FakeServer) -> Iterator[str]:
+def serving(server: FakeServer) -> AbstractContextManager[str]:
     """Serve on a free port; gives the URL."""
-    loop = asyncio.new_event_loop()
-    runner = web.AppRunner(_app(server), shutdown_timeout=1)
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-
-    async def start() -> str:
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        return f"http://127.0.0.1:{runner.addresses[0][1]}"
-
-    try:
-        yield asyncio.run_coroutine_threadsafe(start(), loop).result(10)
-    finally:
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
-        loop.close()
+    return serve(_app(server), shutdown_timeout=1)
