@@ -33,7 +33,6 @@ template <int kTiles>
 struct GemmWork {
   static constexpr bool kRouted = false, kFlush = false;
   const Gemm& args;
-  Shared<kTiles>& shared;
   Tiled tiled;
   const Part& part;
   const int &outers, &first_group, &groups;
@@ -72,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, Config<kTiles>::kBlocksPerSm)
     part.groups = min(args.split_groups, args.weight.groups - part.first_group);
   }
   __syncthreads();
-  GemmWork<kTiles> work = {args,        shared,           args.weight, part,
+  GemmWork<kTiles> work = {args,        args.weight,      part,
                            part.outers, part.first_group, part.groups};
   stream<kTiles>(work, shared);
 }

@@ -143,7 +143,6 @@ struct UpWork {
   static constexpr bool kRouted = false, kFlush = false;
   static constexpr int outers = 1, first_group = 0;
   const Decode& args;
-  Shared<1>& shared;
   Expert found;
   Tiled tiled;
   int groups;
@@ -176,14 +175,13 @@ __global__ void __launch_bounds__(kThreads, 2) decode_up(const __grid_constant__
     for (int i = threadIdx.x; i < moe.w2.blocks; i += kThreads) args.down.counter[i] = 0;
   Expert found = find_expert(moe, blockIdx.y);
   if (found.id < 0) return;
-  UpWork work = {args, shared, found, moe.w13, moe.w13.groups};
+  UpWork work = {args, found, moe.w13, moe.w13.groups};
   stream<1>(work, shared);
 }
 
 struct DownWork {
   static constexpr bool kRouted = true, kFlush = false;
   const Decode& args;
-  Shared<1>& shared;
   const Experts& experts;
   Tiled tiled;
   const int& outers;
@@ -224,7 +222,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_down(const __grid_constant
   load_entries(entries, moe);
   __syncthreads();
   find_experts(experts, entries, moe, blockIdx.y * args.split_entries, args.split_entries);
-  DownWork work = {args, shared, experts, moe.w2, experts.all, moe.w2.groups};
+  DownWork work = {args, experts, moe.w2, experts.all, moe.w2.groups};
   stream<1>(work, shared);
 }
 

@@ -6,8 +6,8 @@
 //   sum       one block per token: its top_k rows, in slot order
 //
 //                  expert's pairs, 8 x kTiles at a time ->
-//   row block 0    [ chunk 0 ][ chunk 1 ] ...     a block walks its row blocks and, for each, the
-//   row block 1    [ chunk 0 ][ chunk 1 ] ...     chunks; weights come from L2 after the first
+//   row block 0    [ chunk 0 ][ chunk 1 ] ...     a block walks the chunks and, for each, its row
+//   row block 1    [ chunk 0 ][ chunk 1 ] ...     blocks; weights come from L2 after the first chunk
 //
 // A pair's result does not depend on its column nor on its neighbours, so neither does the output
 // on the order in which `sort` places the pairs of an expert.
@@ -124,20 +124,13 @@ struct GroupWork {
   static constexpr int kColumns = Config<kTiles>::kColumns;
   static constexpr int first_group = 0;
   const Grouped& args;
-  Shared<kTiles>& shared;
   Job<kTiles>& job;
   Tiled tiled;
   const int& outers;
   int groups;
 
-  __device__ __forceinline__ GroupWork(const Grouped& args, Shared<kTiles>& shared,
-                                       Job<kTiles>& job, const Tiled& tiled)
-      : args(args),
-        shared(shared),
-        job(job),
-        tiled(tiled),
-        outers(job.outers),
-        groups(tiled.groups) {}
+  __device__ __forceinline__ GroupWork(const Grouped& args, Job<kTiles>& job, const Tiled& tiled)
+      : args(args), job(job), tiled(tiled), outers(job.outers), groups(tiled.groups) {}
 
   // An outer is (chunk of columns, row block).
   __device__ __forceinline__ int expert(int) const { return job.group.expert; }
@@ -229,7 +222,7 @@ __global__ void __launch_bounds__(kThreads, Config<kTiles>::kBlocksPerSm)
   wait_for_previous_kernel();
   let_next_kernel_start();
   if (!take_job(job, args, args.moe.w13, kUpRows)) return;
-  GroupUp<kTiles> work(args, shared, job, args.moe.w13);
+  GroupUp<kTiles> work(args, job, args.moe.w13);
   stream<kTiles>(work, shared);
 }
 
@@ -244,7 +237,7 @@ __global__ void __launch_bounds__(kThreads, Config<kTiles>::kBlocksPerSm)
     wait_for_previous_kernel();  // else this kernel could end before it, and the next one start
     return;
   }
-  GroupDown<kTiles> work(args, shared, job, args.moe.w2);
+  GroupDown<kTiles> work(args, job, args.moe.w2);
   stream<kTiles>(work, shared);
 }
 
