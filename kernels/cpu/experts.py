@@ -15,8 +15,7 @@ import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from torch.nn import functional
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig, RoutingMethodType
-from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
+from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
     QuantKey,
     kInt4Static,
@@ -24,6 +23,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 )
 from vllm.platforms import current_platform
 
+from kernels.experts_base import WholeLayerExperts
 from kernels.formats import dequantize_fp4, dequantize_int4
 
 
@@ -61,7 +61,7 @@ def moe_forward(
     return out
 
 
-class _ReferenceExperts(mk.FusedMoEExpertsModular):
+class _ReferenceExperts(WholeLayerExperts):
     """What the two formats share; a subclass names its format and dequantizes it."""
 
     weight_key: QuantKey
@@ -83,29 +83,9 @@ class _ReferenceExperts(mk.FusedMoEExpertsModular):
     def weight_name(name: str) -> str:
         return f"{name}_weight"
 
-    @property
-    def expects_unquantized_inputs(self) -> bool:
-        return True
-
-    @staticmethod
-    def activation_format() -> mk.FusedMoEActivationFormat:
-        return mk.FusedMoEActivationFormat.Standard
-
     @staticmethod
     def _supports_current_device() -> bool:
         return current_platform.is_cpu()
-
-    @staticmethod
-    def _supports_no_act_and_mul() -> bool:
-        return False
-
-    @staticmethod
-    def _supports_activation(activation: MoEActivation) -> bool:
-        return activation == MoEActivation.SILU
-
-    @staticmethod
-    def _supports_parallel_config(moe_parallel_config: FusedMoEParallelConfig) -> bool:
-        return not moe_parallel_config.use_ep
 
     @staticmethod
     def _supports_routing_method(
@@ -133,22 +113,6 @@ class _ReferenceExperts(mk.FusedMoEExpertsModular):
     ) -> tuple[int, int, int, int, int]:
         experts, rows, hidden = self._w13.shape
         return experts, a1.shape[0], rows, hidden, topk_ids.shape[1]
-
-    def workspace_shapes(
-        self,
-        M: int,
-        N: int,
-        K: int,
-        topk: int,
-        global_num_experts: int,
-        local_num_experts: int,
-        expert_tokens_meta: mk.ExpertTokensMetadata | None,
-        activation: MoEActivation,
-    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        return (0,), (0,), (M, K)
-
-    def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
-        return TopKWeightAndReduceNoOP()
 
     def apply(
         self,

@@ -13,10 +13,8 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEConfig,
-    FusedMoEParallelConfig,
     FusedMoEQuantConfig,
 )
-from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 from vllm.model_executor.layers.quantization.utils.quant_utils import QuantKey, kInt4Static
 from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
@@ -24,6 +22,7 @@ from vllm.platforms import current_platform
 from kernels import ops
 from kernels.cpu import LOGGER
 from kernels.dispatch import Kernel
+from kernels.experts_base import WholeLayerExperts
 from kernels.nvidia import marlin, selection
 from kernels.nvidia.tile_in_place import tile_scale_in_place, tile_weight_in_place
 from kernels.weights import CODES_PER_WORD
@@ -31,7 +30,7 @@ from kernels.weights import CODES_PER_WORD
 LOG = init_logger(LOGGER)
 
 
-class Dsv4MaxqExperts(mk.FusedMoEExpertsModular):
+class Dsv4MaxqExperts(WholeLayerExperts):
     """INT4, symmetric, groups of 128: `dsv4_maxq::moe_w4a16`, or Marlin where that is faster."""
 
     def __init__(self, moe_config: FusedMoEConfig, quant_config: FusedMoEQuantConfig) -> None:
@@ -71,34 +70,14 @@ class Dsv4MaxqExperts(mk.FusedMoEExpertsModular):
         return supported, reason
 
     @staticmethod
-    def activation_format() -> mk.FusedMoEActivationFormat:
-        return mk.FusedMoEActivationFormat.Standard
-
-    @staticmethod
     def _supports_current_device() -> bool:
         return current_platform.is_cuda()
-
-    @staticmethod
-    def _supports_no_act_and_mul() -> bool:
-        return False
-
-    @staticmethod
-    def _supports_activation(activation: MoEActivation) -> bool:
-        return activation == MoEActivation.SILU
 
     @staticmethod
     def _supports_quant_scheme(
         weight_key: QuantKey | None, activation_key: QuantKey | None
     ) -> bool:
         return (weight_key, activation_key) == (kInt4Static, None)
-
-    @staticmethod
-    def _supports_parallel_config(moe_parallel_config: FusedMoEParallelConfig) -> bool:
-        return not moe_parallel_config.use_ep
-
-    @property
-    def expects_unquantized_inputs(self) -> bool:
-        return True
 
     # -------------------------------------------------------------------------------- weights
 
@@ -159,23 +138,6 @@ class Dsv4MaxqExperts(mk.FusedMoEExpertsModular):
     ) -> tuple[int, int, int, int, int]:
         inter = self.moe_config.intermediate_size_per_partition
         return w1.shape[0], a1.shape[0], 2 * inter, a1.shape[1], topk_ids.shape[1]
-
-    def workspace_shapes(
-        self,
-        M: int,
-        N: int,
-        K: int,
-        topk: int,
-        global_num_experts: int,
-        local_num_experts: int,
-        expert_tokens_meta: mk.ExpertTokensMetadata | None,
-        activation: MoEActivation,
-    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """None of vLLM's workspace, which all streams share: the operators take their own."""
-        return (0,), (0,), (M, K)
-
-    def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
-        return TopKWeightAndReduceNoOP()
 
     def apply(
         self,
