@@ -251,26 +251,37 @@ __device__ __forceinline__ void stream(Work& work, Shared<kTiles>& shared) {
         for (int c = 0; c < 4; ++c) total[n][r][c] = 0.0f;
   };
 
-  for (; outer < work.outers; ++outer) {
-    for (int group = warp; group < work.groups; group += kWarps) {
-      copy_wait<0>();
-      __syncwarp();
-      Slice<kTiles>& slice = slices[turn];
-      turn ^= 1;
-      if (next.outer < work.outers) {
-        stage_scale(slices[turn], next);
-        work.stage(shared_address(slices[turn].rows), next);
-        copy_commit();
-        multiply(std::true_type{}, slice);
-        advance(next);
-      } else {
-        multiply(std::false_type{}, slice);
-      }
+  // Multiplies an item while the next one is on its way; whether it was the last one of its outer.
+  auto take_item = [&] {
+    copy_wait<0>();
+    __syncwarp();
+    Slice<kTiles>& slice = slices[turn];
+    turn ^= 1;
+    bool ends = true;
+    if (next.outer < work.outers) {
+      ends = next.outer != outer;
+      stage_scale(slices[turn], next);
+      work.stage(shared_address(slices[turn].rows), next);
+      copy_commit();
+      multiply(std::true_type{}, slice);
+      advance(next);
+    } else {
+      multiply(std::false_type{}, slice);
     }
-    if constexpr (Work::kFlush) finish_outer();  // the warps without items too: it has barriers
-  }
-  if constexpr (!Work::kFlush)
+    return ends;
+  };
+  if constexpr (Work::kFlush) {
+    for (; outer < work.outers; ++outer) {
+      for (int group = warp; group < work.groups; group += kWarps) take_item();
+      finish_outer();  // the warps without items too: it has barriers
+    }
+  } else {
+    // One loop, not two: with two the decode kernels that nvcc 13.0 made for sm_90 gave wrong sums and
+    // read outside of memory on an H100, for a reason that was not found; this form passes there.
+    while (has_items && outer < work.outers)
+      if (take_item()) ++outer;
     work.finish(0, total, Exchange<kTiles>{shared, work.groups, work.outers});
+  }
 }
 
 // Writes a block's sums: straight to `out` when the split is 1, else as partial sums, of which the
