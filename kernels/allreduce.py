@@ -2,7 +2,7 @@
 
     communicator = OneShotAllReduce(rank, world_size, exchange_by_store(store, rank, world_size))
     out = communicator.all_reduce(x)
-    communicator.check()  # at times, on the host: raises if a wait passed the deadline
+    communicator.check()  # on the host: raises if a wait passed its deadline, or if sums differ
 
 Two tiers, one kernel: HOST_PINNED passes lines through a registered region of /dev/shm and needs
 no peer access; PEER_PUSH stores them into the peer's memory, mapped with CUDA IPC, and must be used
@@ -32,6 +32,7 @@ from kernels.allreduce_abi import AllReduceArgs, Control, Library, SharedRegion,
 
 OP = "all_reduce_oneshot"
 MAX_DEADLINE_S = 3600
+HASH_EVERY = 1024  # calls: some ten decode steps
 
 Exchange = Callable[[str, Any], list[Any]]  # (step, my JSON value) -> those of all ranks, in order
 
@@ -78,6 +79,22 @@ class Expired:
         )
 
 
+@dataclass(frozen=True)
+class Mismatch:
+    """Two ranks that hold different sums of one call: the link changed what was sent."""
+
+    generation: int
+    ranks: tuple[int, int]
+    hashes: tuple[int, int]
+
+    def __str__(self) -> str:
+        (a, b), (x, y) = self.ranks, self.hashes
+        return (
+            f"{OP}: ranks {a} and {b} hold different sums of generation {self.generation}: their "
+            f"hashes are {x:#010x} and {y:#010x}; the link gives wrong data, results are invalid"
+        )
+
+
 def exchange_by_store(store: Store, rank: int, world_size: int, prefix: str = OP) -> Exchange:
     """Exchange values through a torch.distributed store, once per step and prefix."""
 
@@ -109,6 +126,7 @@ class OneShotAllReduce:
         device: the CUDA device of this rank; None for the current one.
         max_bytes: of a call, a multiple of 256, at most 524288.
         deadline_s: how long a kernel waits, above 0.
+        hash_every: of so many calls one is hashed, for `check`; 0 for none.
         first_generation: for tests of the wrap-around; not 0.
         library: None for the one of `make kernels`.
     Raises:
@@ -126,17 +144,18 @@ class OneShotAllReduce:
         device: torch.device | None = None,
         max_bytes: int = abi.MAX_BYTES,
         deadline_s: float = 2.0,
+        hash_every: int = HASH_EVERY,
         first_generation: int = 1,
         library: Library | None = None,
     ) -> None:
-        check_setup(rank, world_size, max_bytes, deadline_s, first_generation)
+        check_setup(rank, world_size, max_bytes, deadline_s, hash_every, first_generation)
         self.rank, self.world_size, self.max_bytes = rank, world_size, max_bytes
         self.tier, self.device = Tier(tier), device
         self._exchange = exchange
         self._undo: list[Callable[[], object]] = []
         try:
             self._library = self._agree("library", lambda: library or abi.load())
-            self._set_up(first_generation, deadline_s)
+            self._set_up(first_generation, deadline_s, hash_every)
         except BaseException:
             self.close()
             raise
@@ -180,14 +199,27 @@ class OneShotAllReduce:
                 return Expired(**fields, seen=seen, waited_s=record.waited_ns / 1e9)
         return None
 
+    def mismatch(self) -> Mismatch | None:
+        """A hashed call of which two ranks hold different sums; None while all is well."""
+        mine = self._hashes(self.rank)
+        for rank in (r for r in range(self.world_size) if r != self.rank):
+            theirs = self._hashes(rank)
+            for generation in sorted(mine.keys() & theirs.keys()):
+                if mine[generation] != theirs[generation]:
+                    hashes = (mine[generation], theirs[generation])
+                    return Mismatch(generation, (self.rank, rank), hashes)
+        return None
+
     def check(self) -> None:
-        """Raise if a wait passed the deadline. Reads host memory: costs no wait for the device.
+        """Raise if a wait passed the deadline, or if the hashes of a call differ between ranks.
+
+        Reads host memory: costs no wait for the device.
 
         Raises:
-            RuntimeError: who waited for what, one line.
+            RuntimeError: who waited for what, or which sums differ, one line.
         """
-        if expired := self.expired():
-            raise RuntimeError(str(expired))
+        if fault := self.expired() or self.mismatch():
+            raise RuntimeError(str(fault))
 
     @property
     def completed(self) -> int:
@@ -202,15 +234,15 @@ class OneShotAllReduce:
 
     # -------------------------------------------------------------------------------- setup
 
-    def _set_up(self, first_generation: int, deadline_s: float) -> None:
+    def _set_up(self, first_generation: int, deadline_s: float, hash_every: int) -> None:
         library, inbox_bytes = (
             self._library,
             self._library.inbox_bytes(self.world_size, self.max_bytes),
         )
-        settings = [self.world_size, self.max_bytes, self.tier.value]
+        settings = [self.world_size, self.max_bytes, self.tier.value, hash_every]
         by_rank = self._exchange("same", settings)
         if any(other != settings for other in by_rank):
-            raise ValueError(f"{OP}: world_size, max_bytes, tier are {by_rank} by rank")
+            raise ValueError(f"{OP}: world_size, max_bytes, tier, hash_every are {by_rank} by rank")
 
         shared_inboxes = self.world_size if self.tier is Tier.HOST_PINNED else 0
         region_bytes = self.world_size * abi.PAGE_BYTES + shared_inboxes * inbox_bytes
@@ -234,6 +266,7 @@ class OneShotAllReduce:
             max_bytes=self.max_bytes,
             rank=self.rank,
             world_size=self.world_size,
+            hash_every=hash_every,
         )
         self._args.inbox[: self.world_size] = inbox
         self._exchange("ready", True)  # no rank stores before all inboxes are there
@@ -295,6 +328,11 @@ class OneShotAllReduce:
                 raise RuntimeError(f"{OP}: setup, {step}: rank {rank}: {message}")
         return [other for _, other in told] if everyone else value
 
+    def _hashes(self, rank: int) -> dict[int, int]:
+        """Generation -> hash of that rank's last hashed calls."""
+        entries = [entry for entry in self._control(rank).hash if entry]
+        return {entry & 0xFFFFFFFF: entry >> 32 for entry in entries}
+
     def _control(self, rank: int) -> Control:
         return Control.from_address(self._region.address + rank * abi.PAGE_BYTES)
 
@@ -309,7 +347,12 @@ _COMMUNICATORS: dict[int, OneShotAllReduce] = {}
 
 
 def check_setup(
-    rank: int, world_size: int, max_bytes: int, deadline_s: float, first_generation: int
+    rank: int,
+    world_size: int,
+    max_bytes: int,
+    deadline_s: float,
+    hash_every: int,
+    first_generation: int,
 ) -> None:
     """Check what a communicator is made of.
 
@@ -327,6 +370,8 @@ def check_setup(
         )
     if not (math.isfinite(deadline_s) and 1e-3 <= deadline_s <= MAX_DEADLINE_S):
         raise ValueError(f"{OP}: deadline_s = {deadline_s}; it must be 0.001 .. {MAX_DEADLINE_S}")
+    if not 0 <= hash_every < 2**31:
+        raise ValueError(f"{OP}: hash_every = {hash_every}; it must be 0 .. 2**31 - 1")
     if not 1 <= first_generation < 2**32:
         raise ValueError(f"{OP}: first_generation = {first_generation}; it must be 1 .. 2**32 - 1")
 

@@ -18,6 +18,7 @@ MAX_BYTES_MULTIPLE = 256  # what max_bytes is a multiple of: 32 lines of 8 bytes
 SIZE_MULTIPLE = 16  # bytes; of a message and of addresses
 IPC_HANDLE_BYTES = 64
 FLAG_STRIDE = 128
+HASH_ENTRIES = 4
 PAGE_BYTES = 4096
 SHM_FOLDER = Path("/dev/shm")
 
@@ -40,13 +41,18 @@ class WaitRecord(ctypes.Structure):
 class Control(ctypes.Structure):
     """Dsv4Control."""
 
-    _fields_ = (("record", WaitRecord), ("completed", _u32), ("reserved", _u32))
+    _fields_ = (
+        ("record", WaitRecord),
+        ("completed", _u32),
+        ("reserved", _u32),
+        ("hash", _u64 * HASH_ENTRIES),
+    )
 
 
 class State(ctypes.Structure):
     """Dsv4State."""
 
-    _fields_ = tuple((name, _u32) for name in ("generation", "arrived", "aborted", "reserved"))
+    _fields_ = tuple((name, _u32) for name in ("generation", "arrived", "aborted", "hash"))
 
 
 class AllReduceArgs(ctypes.Structure):
@@ -57,6 +63,7 @@ class AllReduceArgs(ctypes.Structure):
         ("inbox", _ptr * MAX_RANKS),
         ("deadline_ns", _i64),
         *((n, _i32) for n in ("num_bytes", "max_bytes", "rank", "world_size", "num_blocks")),
+        ("hash_every", _i32),
     )
 
 

@@ -20,8 +20,11 @@ __global__ void __launch_bounds__(kAllReduceThreads)
   int first = (int)(blockIdx.x * kAllReduceThreads + threadIdx.x);
   push(a, generation, first, step);
   bool cleared = first < kWindowLines && clear_old(a, generation, first);
-  bool good = collect<kWide>(a, generation, (int)blockIdx.x, first, step);
-  if (cleared) fence_system();  // before the next call's lines tell the peer that it may write there
+  uint32_t hash = kHashStart;
+  bool good = collect<kWide>(a, generation, (int)blockIdx.x, first, step, hash);
+  bool hashed = add_hash(a, generation, first, hash);
+  // Cleared: before the next call's lines tell the peer that it may write there.
+  if (cleared || hashed) fence_system();
   if (__syncthreads_and(good) && threadIdx.x == 0) finish(a, generation, (int)gridDim.x);
 }
 

@@ -40,10 +40,15 @@ typedef struct {
   uint64_t waited_ns;
 } Dsv4WaitRecord;
 
+#define DSV4_HASH_ENTRIES 4
+
 typedef struct {
   Dsv4WaitRecord record;
   uint32_t completed;  // generation of the last call that ended well
   uint32_t reserved;
+  // Of calls whose generation is a multiple of hash_every: (hash of the sums) << 32 | generation, in
+  // turn. Ranks whose hashes of one generation differ were given different data.
+  uint64_t hash[DSV4_HASH_ENTRIES];
 } Dsv4Control;
 
 // In device memory of the rank, written by its kernels alone: what makes a replayed graph right.
@@ -51,7 +56,7 @@ typedef struct {
   uint32_t generation;  // of the next call; never 0, the generation of an empty line
   uint32_t arrived;     // blocks of the running call that have ended
   uint32_t aborted;     // sticky: later calls return at once
-  uint32_t reserved;
+  uint32_t hash;        // of the running call, added up by its threads
 } Dsv4State;
 
 typedef struct {
@@ -66,6 +71,7 @@ typedef struct {
   int32_t rank;
   int32_t world_size;
   int32_t num_blocks;             // 0: chosen from num_bytes
+  int32_t hash_every;             // generations; 0: never
 } Dsv4AllReduceArgs;
 
 // Bytes of one inbox: [2 slots][world_size - 1 sources][max_bytes / 8 lines][16]. 0: not supported.

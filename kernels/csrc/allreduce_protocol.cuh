@@ -25,6 +25,7 @@ namespace dsv4 {
 constexpr uint32_t kOperationAllReduce = 1;
 constexpr int kLineBytes = 8;    // of payload
 constexpr int kWindowLines = 32;  // cleared at a time
+constexpr uint32_t kHashStart = 0x811c9dc5u, kHashFactor = 0x01000193u;  // FNV-1a's, on words
 constexpr uint32_t kPollsPerLook = 64;    // polls between two looks at the clock
 constexpr uint32_t kPollsAtSpeed = 4096;  // then with a rest at each look: it may take long
 
@@ -93,9 +94,12 @@ DSV4_DEVICE void add(Sum& sum, uint32_t word0, uint32_t word1, bool first) {
   for (int i = 0; i < 4; ++i) sum.value[i] = first ? v[i] : sum.value[i] + v[i];
 }
 
-DSV4_DEVICE void store_sum(const Dsv4AllReduceArgs& a, int line, const Sum& sum) {
+// Mixed into `hash`, which depends on the order: that of a thread's lines is the same on all ranks.
+DSV4_DEVICE void store_sum(const Dsv4AllReduceArgs& a, int line, const Sum& sum, uint32_t& hash) {
   uint32_t low = pack_bf16(sum.value[0], sum.value[1]);
   uint32_t high = pack_bf16(sum.value[2], sum.value[3]);
+  hash = (hash ^ low) * kHashFactor;
+  hash = (hash ^ high) * kHashFactor;
 #ifdef __CUDACC__
   ((uint2*)a.out)[line] = make_uint2(low, high);
 #else
@@ -194,7 +198,7 @@ DSV4_DEVICE bool await_lines(const Dsv4AllReduceArgs& a, uint32_t generation, in
 
 template <int kWide>
 DSV4_DEVICE bool collect(const Dsv4AllReduceArgs& a, uint32_t generation, int block, int first,
-                         int step) {
+                         int step, uint32_t& hash) {
   int lines = a.num_bytes / kLineBytes;
   for (int base = first; base < lines; base += kWide * step) {
     Sum sum[kWide];
@@ -220,8 +224,19 @@ DSV4_DEVICE bool collect(const Dsv4AllReduceArgs& a, uint32_t generation, int bl
 #pragma unroll
 #endif
     for (int j = 0; j < kWide; ++j)
-      if (base + j * step < lines) store_sum(a, base + j * step, sum[j]);
+      if (base + j * step < lines) store_sum(a, base + j * step, sum[j], hash);
   }
+  return true;
+}
+
+DSV4_DEVICE bool is_hashed(const Dsv4AllReduceArgs& a, uint32_t generation) {
+  return a.hash_every > 0 && generation % (uint32_t)a.hash_every == 0;
+}
+
+// Adds a thread's part, if this call is one of those. True if it did: fence_system before `finish`.
+DSV4_DEVICE bool add_hash(const Dsv4AllReduceArgs& a, uint32_t generation, int first, uint32_t hash) {
+  if (!is_hashed(a, generation)) return false;
+  fetch_add(&a.state->hash, hash * (2 * (uint32_t)first + 1));  // odd: no part is lost
   return true;
 }
 
@@ -229,6 +244,11 @@ DSV4_DEVICE bool collect(const Dsv4AllReduceArgs& a, uint32_t generation, int bl
 // blocks have read this one by then.
 DSV4_DEVICE void finish(const Dsv4AllReduceArgs& a, uint32_t generation, int num_blocks) {
   if (fetch_add(&a.state->arrived, 1) != (uint32_t)num_blocks - 1) return;
+  if (is_hashed(a, generation)) {
+    uint64_t entry = (uint64_t)load_local(&a.state->hash) << 32 | generation;
+    store_host(&a.control->hash[generation / (uint32_t)a.hash_every % DSV4_HASH_ENTRIES], entry);
+    a.state->hash = 0;
+  }
   a.state->arrived = 0;
   a.state->generation = next_generation(generation);
   store_host(&a.control->completed, generation);
@@ -248,7 +268,8 @@ inline bool allreduce_is_supported(int32_t world_size, int32_t max_bytes) {
 inline bool allreduce_is_supported(const Dsv4AllReduceArgs& a) {
   return allreduce_is_supported(a.world_size, a.max_bytes) && a.rank >= 0 &&
          a.rank < a.world_size && a.num_bytes >= 0 && a.num_bytes <= a.max_bytes &&
-         a.num_bytes % 16 == 0 && a.deadline_ns > 0 && a.num_blocks >= 0 && a.num_blocks <= 64;
+         a.num_bytes % 16 == 0 && a.deadline_ns > 0 && a.num_blocks >= 0 && a.num_blocks <= 64 &&
+         a.hash_every >= 0;
 }
 
 inline int allreduce_blocks(const Dsv4AllReduceArgs& a) {

@@ -95,6 +95,7 @@ def rank_main(options: dict) -> dict:
         exchange,
         tier=options["tier"],
         deadline_s=options["deadline_s"],
+        hash_every=64,
         first_generation=options["first_generation"],
     )
     answer: dict = {}

@@ -42,6 +42,7 @@ def main() -> None:
         tier=options["tier"],
         max_bytes=options.get("max_bytes", abi.MAX_BYTES),
         deadline_s=options["deadline_s"],
+        hash_every=options.get("hash_every", 1),
         first_generation=options.get("first_generation", 1),
         library=abi.load(Path(options["library"])),
     )
@@ -73,6 +74,8 @@ def main() -> None:
     state = abi.State()
     ctypes.memmove(ctypes.byref(state), communicator._args.state, ctypes.sizeof(state))
     result = {"hashes": hashes, "wrong": wrong, "error": error, "seconds": seconds}
+    mismatch = communicator.mismatch()
+    result |= {"mismatch": mismatch and mismatch.generation}
     result |= {"generation": state.generation, "completed": communicator.completed}
     print(json.dumps(result), flush=True)
     communicator.close()

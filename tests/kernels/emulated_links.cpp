@@ -94,9 +94,11 @@ int dsv4_allreduce(const Dsv4AllReduceArgs* args, void*) {
       for (int i = 0; block == 0 && i < dsv4::kWindowLines; ++i)
         cleared |= dsv4::clear_old(a, generation, i);
       bool narrow = a.num_bytes / dsv4::kLineBytes <= 4 * kThreads;  // so that both are run
-      bool good = narrow ? dsv4::collect<1>(a, generation, block, block, kThreads)
-                         : dsv4::collect<dsv4::kWideLines>(a, generation, block, block, kThreads);
-      if (cleared) dsv4::fence_system();
+      uint32_t hash = dsv4::kHashStart;
+      bool good = narrow
+                      ? dsv4::collect<1>(a, generation, block, block, kThreads, hash)
+                      : dsv4::collect<dsv4::kWideLines>(a, generation, block, block, kThreads, hash);
+      if (dsv4::add_hash(a, generation, block, hash) || cleared) dsv4::fence_system();
       if (good) dsv4::finish(a, generation, kThreads);
     });
   for (std::thread& thread : threads) thread.join();

@@ -37,8 +37,13 @@ def library(emulation) -> abi.Library:
 # ------------------------------------------------------------------------- two processes
 
 
-def run_ranks(emulation, tmp_path, sizes, tier="host-pinned", world_size=2, faults=None, **options):
-    """Run every rank in a process of its own; their results, None for one that died."""
+def run_ranks(
+    emulation, tmp_path, sizes, tier="host-pinned", world_size=2, faults=None, link=None, **options
+):
+    """Run every rank in a process of its own; their results, None for one that died.
+
+    `faults` are what a rank does, `link` is what the emulation does to rank 0's stores.
+    """
     common = {"world_size": world_size, "tier": tier, "library": str(emulation), "sizes": sizes}
     common |= {"store": str(tmp_path / "store"), "deadline_s": 20.0, **options}
     processes = [
@@ -50,7 +55,8 @@ def run_ranks(emulation, tmp_path, sizes, tier="host-pinned", world_size=2, faul
             ],
             stdout=subprocess.PIPE,
             cwd=build.ROOT,
-            env={"PYTHONPATH": str(build.ROOT), "PATH": ""},
+            env={"PYTHONPATH": str(build.ROOT), "PATH": ""}
+            | ({"EMULATED_FAULT": link} if link and r == 0 else {}),
         )
         for r in range(world_size)
     ]
@@ -117,6 +123,19 @@ def test_a_peer_that_skips_a_call_is_reported(emulation, tmp_path):
     assert "rank 0 waited 1.00 s for rank 1: generation 6, " in a["error"]
     assert "expected 6, seen 4 and 4" in a["error"]
     assert a["wrong"] == [4]  # equal sizes: the next call's data passes for this one's
+
+
+def test_data_that_the_link_changed_is_a_fault_on_both_ranks(emulation, tmp_path):
+    options = {"tier": "peer-push", "hash_every": 4, "link": f"corrupt:{6 * 1024 + 77}"}
+    a, b = run_ranks(emulation, tmp_path, [8192] * 9, **options)
+    assert (a["wrong"], b["wrong"]) == ([], [6])  # call 6 has generation 7, which is not hashed
+    assert (a["error"], b["error"]) == (None, None)
+    options["link"] = f"corrupt:{7 * 1024 + 77}"
+    a, b = run_ranks(emulation, tmp_path, [8192] * 9, **options)
+    assert (a["wrong"], b["wrong"]) == ([], [7])
+    assert (a["mismatch"], b["mismatch"]) == (8, 8)
+    assert a["error"].startswith("all_reduce_oneshot: ranks 0 and 1 hold different sums of gener")
+    assert a["error"].endswith("the link gives wrong data, results are invalid")
 
 
 # ------------------------------------------------------- one rank, the peer's lines by hand
@@ -323,6 +342,7 @@ def test_constants_and_layouts_are_those_of_the_header(tmp_path, emulation):
     assert header_constant("DSV4_ALLREDUCE_MAX_BYTES") == abi.MAX_BYTES
     assert header_constant("DSV4_IPC_HANDLE_BYTES") == abi.IPC_HANDLE_BYTES
     assert header_constant("DSV4_PROBE_FLAG_STRIDE") == abi.FLAG_STRIDE
+    assert header_constant("DSV4_HASH_ENTRIES") == abi.HASH_ENTRIES
     structures = {
         "Dsv4WaitRecord": abi.WaitRecord,
         "Dsv4Control": abi.Control,
@@ -413,11 +433,13 @@ def test_out_must_not_be_x():
         ({"max_bytes": 2**20}, r"max_bytes = 1048576; .* 524288"),
         ({"deadline_s": 0}, "deadline_s = 0; it must be"),
         ({"deadline_s": float("nan")}, "deadline_s = nan"),
+        ({"hash_every": -1}, r"hash_every = -1; it must be 0 \.\. "),
         ({"first_generation": 0}, "first_generation = 0"),
     ],
 )
 def test_a_wrong_setup_is_refused_in_one_line(change, message):
-    good = {"rank": 0, "world_size": 2, "max_bytes": 256, "deadline_s": 2, "first_generation": 1}
+    good = {"rank": 0, "world_size": 2, "max_bytes": 256, "deadline_s": 2, "hash_every": 0}
+    good |= {"first_generation": 1}
     check_setup(**good)
     with pytest.raises(ValueError, match=f"^all_reduce_oneshot: {message}"):
         check_setup(**{**good, **change})
@@ -462,7 +484,9 @@ def together(library, options):
 def test_ranks_that_disagree_are_refused_on_both(library):
     errors = together(library, [{"max_bytes": 256}, {"max_bytes": 512}])
     for error in errors:
-        assert "[[2, 256, 'host-pinned'], [2, 512, 'host-pinned']] by rank" in str(error)
+        assert "[[2, 256, 'host-pinned', 1024], [2, 512, 'host-pinned', 1024]] by rank" in str(
+            error
+        )
 
 
 def test_a_full_dev_shm_is_an_error_on_both_ranks(library, monkeypatch):
