@@ -126,6 +126,8 @@ class OneShotAllReduce:
         device: the CUDA device of this rank; None for the current one.
         max_bytes: of a call, a multiple of 256, at most 524288.
         deadline_s: how long a kernel waits, above 0.
+        eager_deadline_s: the same of calls that are not captured in a CUDA graph; None for
+            deadline_s. Between them a rank may compile, which a graph never does.
         hash_every: of so many calls one is hashed, for `check`; 0 for none.
         first_generation: for tests of the wrap-around; not 0.
         library: None for the one of `make kernels`.
@@ -144,6 +146,7 @@ class OneShotAllReduce:
         device: torch.device | None = None,
         max_bytes: int = abi.MAX_BYTES,
         deadline_s: float = 2.0,
+        eager_deadline_s: float | None = None,
         hash_every: int = HASH_EVERY,
         first_generation: int = 1,
         library: Library | None = None,
@@ -151,11 +154,13 @@ class OneShotAllReduce:
         check_setup(rank, world_size, max_bytes, deadline_s, hash_every, first_generation)
         self.rank, self.world_size, self.max_bytes = rank, world_size, max_bytes
         self.tier, self.device = Tier(tier), device
+        self.deadline_s = deadline_s
+        self.set_eager_deadline(deadline_s if eager_deadline_s is None else eager_deadline_s)
         self._exchange = exchange
         self._undo: list[Callable[[], object]] = []
         try:
             self._library = self._agree("library", lambda: library or abi.load())
-            self._set_up(first_generation, deadline_s, hash_every)
+            self._set_up(first_generation, hash_every)
         except BaseException:
             self.close()
             raise
@@ -181,10 +186,22 @@ class OneShotAllReduce:
         _ALL_REDUCE(x, self.id, out)
         return out
 
-    def launch(self, x: int, out: int, num_bytes: int, stream: int | None) -> None:
+    def set_eager_deadline(self, deadline_s: float) -> None:
+        """Set how long the kernels of later calls wait that are not captured in a CUDA graph.
+
+        Raises:
+            ValueError: it is out of range.
+        """
+        check_deadline(deadline_s)
+        self.eager_deadline_s = deadline_s
+
+    def launch(
+        self, x: int, out: int, num_bytes: int, stream: int | None, captured: bool = False
+    ) -> None:
         """Launch on addresses, unchecked but for what the library refuses."""
         args = self._args
         args.input, args.out, args.num_bytes = x, out, num_bytes
+        args.deadline_ns = round((self.deadline_s if captured else self.eager_deadline_s) * 1e9)
         self._library.call("dsv4_allreduce", ctypes.byref(args), stream)
 
     # -------------------------------------------------------------------------------- state
@@ -234,7 +251,7 @@ class OneShotAllReduce:
 
     # -------------------------------------------------------------------------------- setup
 
-    def _set_up(self, first_generation: int, deadline_s: float, hash_every: int) -> None:
+    def _set_up(self, first_generation: int, hash_every: int) -> None:
         library, inbox_bytes = (
             self._library,
             self._library.inbox_bytes(self.world_size, self.max_bytes),
@@ -262,7 +279,6 @@ class OneShotAllReduce:
         self._args = AllReduceArgs(
             state=state,
             control=base + self.rank * abi.PAGE_BYTES,
-            deadline_ns=round(deadline_s * 1e9),
             max_bytes=self.max_bytes,
             rank=self.rank,
             world_size=self.world_size,
@@ -368,12 +384,21 @@ def check_setup(
             f"{OP}: max_bytes = {max_bytes}; it must be a multiple of {abi.MAX_BYTES_MULTIPLE}, "
             f"{abi.MAX_BYTES_MULTIPLE} .. {abi.MAX_BYTES}"
         )
-    if not (math.isfinite(deadline_s) and 1e-3 <= deadline_s <= MAX_DEADLINE_S):
-        raise ValueError(f"{OP}: deadline_s = {deadline_s}; it must be 0.001 .. {MAX_DEADLINE_S}")
+    check_deadline(deadline_s)
     if not 0 <= hash_every < 2**31:
         raise ValueError(f"{OP}: hash_every = {hash_every}; it must be 0 .. 2**31 - 1")
     if not 1 <= first_generation < 2**32:
         raise ValueError(f"{OP}: first_generation = {first_generation}; it must be 1 .. 2**32 - 1")
+
+
+def check_deadline(deadline_s: float) -> None:
+    """Check a deadline in seconds.
+
+    Raises:
+        ValueError: operation, value and rule.
+    """
+    if not (math.isfinite(deadline_s) and 1e-3 <= deadline_s <= MAX_DEADLINE_S):
+        raise ValueError(f"{OP}: deadline_s = {deadline_s}; it must be 0.001 .. {MAX_DEADLINE_S}")
 
 
 def check_call(x: torch.Tensor, out: torch.Tensor, max_bytes: int) -> int:
@@ -428,7 +453,8 @@ def _all_reduce(x: torch.Tensor, communicator: int, out: torch.Tensor) -> None:
         raise ValueError(f"{OP}: x is on {x.device}; this communicator is made for {end.device}")
     stream = torch.cuda.current_stream(x.device).cuda_stream
     with torch.cuda.device(x.device):
-        end.launch(x.data_ptr(), out.data_ptr(), num_bytes, stream)
+        captured = torch.cuda.is_current_stream_capturing()
+        end.launch(x.data_ptr(), out.data_ptr(), num_bytes, stream, captured)
 
 
 def _register() -> torch.library.Library:

@@ -80,7 +80,8 @@ def all_reduce_paths(group: Any) -> list[str]:
     paths = [type(communicator).__name__]
     for name, value in vars(communicator).items():
         if name.endswith("_comm") and value is not None and not getattr(value, "disabled", False):
-            paths.append(type(value).__name__)
+            tier = getattr(value, "tier", None)  # of our own
+            paths.append(type(value).__name__ + (f" ({tier})" if tier else ""))
     return paths
 
 

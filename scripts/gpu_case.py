@@ -3,7 +3,7 @@
     python scripts/gpu_case.py NAME --checkpoint DIR --out OUT [--beside NAME,NAME]
 
 Writes OUT/NAME.json. Cases that run beside each other start together, wait until all are up, and
-then measure one at a time, so that compilation overlaps and timings do not.
+then measure one at a time on each GPU, so that compilation overlaps and timings do not.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ class Case:
         k: speculative tokens.
         tiny: the trained checkpoint instead.
         moe_backend: of the experts, as vLLM names it.
+        ranks: of tensor parallelism, a GPU each.
+        tier: of our all-reduce; "" leaves it to vLLM.
     """
 
     k: int
@@ -59,6 +61,8 @@ class Case:
     # What vLLM takes on sm_120 without us; on sm_90 it would take Humming, which unpacks a layer to
     # int32.
     moe_backend: str = "marlin"
+    ranks: int = 1
+    tier: str = ""
 
 
 OURS = "external"  # moe_backend of our experts
@@ -74,6 +78,10 @@ CASES: dict[str, Case] = {
     "eager-k1": Case(1, eager=True, profile=True),
     "tiny-k0": Case(0, eager=True, tiny=True, moe_backend="auto"),
     "tiny-k1": Case(1, eager=True, tiny=True, moe_backend="auto"),
+    # Two GPUs: our experts and our all-reduce; and NCCL in its place.
+    "pinned-k1": Case(1, moe_backend=OURS, ranks=2, tier="host-pinned"),
+    "push-k1": Case(1, moe_backend=OURS, ranks=2, tier="peer-push"),
+    "nccl-k1": Case(1, moe_backend=OURS, ranks=2),
 }
 
 
@@ -105,7 +113,11 @@ def start_engine(case: Case, checkpoint: Path) -> Any:
         enable_prefix_caching=False,
         speculative_config=speculative,
         disable_log_stats=False,
-        distributed_executor_backend="uni",  # the hooks of `scopes` need the model in this process
+        # The hooks of `scopes` need the model in this process.
+        distributed_executor_backend="uni" if case.ranks == 1 else "mp",
+        tensor_parallel_size=case.ranks,
+        disable_custom_all_reduce=True,
+        worker_cls="kernels.nvidia.worker.Worker" if case.tier else "auto",
     )
 
 
@@ -394,7 +406,7 @@ def run_case(
         parts["profile"] = lambda: {"profile": profile_steps(llm, case, vocab_size)}
     (out / f"{name}.ready").touch()
     wait_for(beside, out)
-    with (out / "measuring.lock").open("w") as lock:
+    with (out / f"measuring-{os.environ.get('CUDA_VISIBLE_DEVICES')}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for part, measure in parts.items():
             part_start = time.perf_counter()
@@ -418,7 +430,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--beside", default="", help="cases started together with this one")
     args = parser.parse_args(argv)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # hooks and memory are of this process
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # of two ranks
     os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # all is greedy; it takes 140 s to build
+    os.environ["DSV4_ALLREDUCE_TIER"] = CASES[args.name].tier
     os.environ["DSV4_LOAD_RECORD"] = str(args.out / f"{args.name}.load.json")
     saved: dict[str, Any] = {}
 

@@ -8,17 +8,20 @@
 
 Each case is one life of the engine (`gpu_case.py`) and writes OUT/CASE.json, so that the cases may
 be spread over several commands; `report` judges what is there. `--together 2` starts two engines at
-a time; they measure one after the other. The cases with graphs come first: their warm-up fills
-TileLang's cache, without which the eager ones compile for minutes while they measure. `ours-k0` and
-`ours-k1` are `graphs-k0` and `graphs-k1` with our experts in place of Marlin, and need the library
-of `make kernels`; the report compares them. CPU_OUT holds `tiny-k1` of a CPU, to compare acceptance
-with. Needs vLLM with the patch series applied and this repository on PYTHONPATH.
+a time; those on one GPU measure one after the other. `--devices 0,1` spreads them over GPUs, and
+the cases of two ranks run last, alone, where there are two. The cases with graphs come first: their
+warm-up fills TileLang's cache, without which the eager ones compile for minutes while they measure.
+`ours-k0` and `ours-k1` are `graphs-k0` and `graphs-k1` with our experts in place of Marlin; they
+need the library of `make kernels`, and the report compares them. CPU_OUT holds `tiny-k1` of a CPU,
+to compare acceptance with. Needs vLLM with the patch series applied, and this repository on
+PYTHONPATH.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -197,23 +200,41 @@ def prepare(plugin: Path) -> None:
 
 
 def run(
-    names: list[str], checkpoint: Path, tiny: Path, out: Path, timeout_s: float, together: int
+    names: list[str],
+    checkpoint: Path,
+    tiny: Path,
+    out: Path,
+    timeout_s: float,
+    together: int,
+    devices: list[str],
 ) -> int:
-    """Run cases, `together` at a time; 1 if one failed."""
+    """Run cases, `together` at a time and on one device after the other; 1 if one failed."""
+    for name in names:
+        if CASES[name].ranks > len(devices):
+            print(f"{name}: left out, it needs {CASES[name].ranks} devices; see --devices")
+    names = [name for name in names if CASES[name].ranks <= len(devices)]
     out.mkdir(parents=True, exist_ok=True)
     if any(CASES[name].tiny for name in names):
         tiny, source = out / "tiny", tiny
         repeat_index_heads(source, tiny, INDEX_HEADS // TinyConfig.load(source).index_n_heads)
+    alone = [name for name in names if CASES[name].ranks == 1]
+    groups = [alone[i : i + together] for i in range(0, len(alone), together)]
+    groups += [[name] for name in names if CASES[name].ranks > 1]
     statuses = [
         status
-        for i in range(0, len(names), together)
-        for status in run_together(names[i : i + together], checkpoint, tiny, out, timeout_s)
+        for group in groups
+        for status in run_together(group, checkpoint, tiny, out, timeout_s, devices)
     ]
     return int(any(statuses))
 
 
 def run_together(
-    names: list[str], checkpoint: Path, tiny: Path, out: Path, timeout_s: float
+    names: list[str],
+    checkpoint: Path,
+    tiny: Path,
+    out: Path,
+    timeout_s: float,
+    devices: list[str],
 ) -> list[int]:
     """Start these cases at once; their exit statuses."""
     start = time.monotonic()
@@ -221,12 +242,15 @@ def run_together(
     for name in names:
         for suffix in ("json", "partial", "ready", "load.json"):
             (out / f"{name}.{suffix}").unlink(missing_ok=True)
-    for name in names:
+    for i, name in enumerate(names):
+        ranks = CASES[name].ranks
+        seen = ",".join(devices[:ranks] if ranks > 1 else [devices[i % len(devices)]])
         folder = tiny if CASES[name].tiny else checkpoint
         command = [sys.executable, CASE_SCRIPT, name, "--checkpoint", folder, "--out", out,
                    "--beside", ",".join(other for other in names if other != name)]  # fmt: skip
         with (out / f"{name}.log").open("w") as log:
-            running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            env = os.environ | {"CUDA_VISIBLE_DEVICES": seen}
+            running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
     statuses = {}
     while running:
         for name, process in list(running.items()):
@@ -274,6 +298,7 @@ def main(argv: list[str] | None = None) -> int:
     run_parser.add_argument("--out", type=Path, required=True)
     run_parser.add_argument("--cases", type=case_names, default=list(CASES))
     run_parser.add_argument("--timeout", type=float, default=550, help="seconds for one case")
+    run_parser.add_argument("--devices", default="0", help="GPUs to spread the engines over")
     run_parser.add_argument("--together", type=int, default=1, help="engines started at once")
     report_parser = commands.add_parser("report")
     report_parser.add_argument("--out", type=Path, required=True)
@@ -284,7 +309,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.command == "run":
         return run(
-            args.cases, args.checkpoint, args.tiny, args.out, args.timeout, max(args.together, 1)
+            args.cases,
+            args.checkpoint,
+            args.tiny,
+            args.out,
+            args.timeout,
+            max(args.together, 1),
+            args.devices.split(","),
         )
     results = read_results(args.out)
     print(report(results))

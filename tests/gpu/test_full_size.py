@@ -1,14 +1,16 @@
-"""The patched engine with full-size layers on one GPU."""
+"""The patched engine with full-size layers on one GPU, and on two where there are two."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from scripts.gpu_case import CASES, STREAMS
 from scripts.gpu_check import judge
 
 pytestmark = pytest.mark.gpu
-FULL = [name for name, case in CASES.items() if not case.tiny]
+DEVICES = max(torch.cuda.device_count(), 1)
+FULL = [name for name, case in CASES.items() if not case.tiny and case.ranks <= DEVICES]
 DRAFTING = [name for name in FULL if CASES[name].k]
 
 
