@@ -8,6 +8,7 @@ A table is of one shape of the layer. Standard library only.
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from enum import Enum
@@ -113,20 +114,44 @@ def find_dispatch(shape: Shape, device: Device, paths: list[Path] | None = None)
         ValueError: a file is not a dispatch table; the variable's file does not exist, or has no
             table of this shape.
     """
-    named = None
+    named = _named() if paths is None else None
+    found = [table for key, table in _all_tables(paths) if key == shape]
+    if not found and named:
+        raise ValueError(f"{ENV} = {str(named)!r}; it has no table of {shape}")
+    return min(found, key=lambda table: _distance(table, device), default=None)
+
+
+def find_similar(shape: Shape, device: Device, paths: list[Path] | None = None) -> Dispatch | None:
+    """The table of the layer most like one that nothing was measured for.
+
+    With as many experts and as many of them taken, as those decide how many tokens an expert gets;
+    then nearest in the size of its weights, then as `find_dispatch`.
+    """
+
+    def unlike(entry: tuple[Shape, Dispatch]) -> tuple[float, int]:
+        key, table = entry
+        sizes = key.hidden_size * key.inter_size / (shape.hidden_size * shape.inter_size)
+        return abs(math.log(sizes)), _distance(table, device)
+
+    routing = (shape.num_experts, shape.top_k)
+    found = [(k, t) for k, t in _all_tables(paths) if (k.num_experts, k.top_k) == routing]
+    if not found:
+        return None
+    key, table = min(found, key=unlike)
+    return Dispatch(table.segments, table.measured_on, f"{table.source}, there for {key}")
+
+
+def _all_tables(paths: list[Path] | None) -> list[tuple[Shape, Dispatch]]:
     if paths is None:
         named = _named()
         paths = [named] if named else sorted(FOLDER.glob("*.json"))
-    found = [table for path in paths for key, table in read_tables(path) if key == shape]
-    if not found and named:
-        raise ValueError(f"{ENV} = {str(named)!r}; it has no table of {shape}")
+    return [entry for path in paths for entry in read_tables(path)]
 
-    def distance(table: Dispatch) -> int:
-        if table.measured_on == device:
-            return 0
-        return 1 if table.measured_on.capability == device.capability else 2
 
-    return min(found, key=distance, default=None)
+def _distance(table: Dispatch, device: Device) -> int:
+    if table.measured_on == device:
+        return 0
+    return 1 if table.measured_on.capability == device.capability else 2
 
 
 def read_tables(path: Path) -> list[tuple[Shape, Dispatch]]:

@@ -12,6 +12,7 @@ import argparse
 import bisect
 import fcntl
 import json
+import math
 import os
 import statistics
 import sys
@@ -270,6 +271,7 @@ def read_trace(events: list[dict[str, Any]]) -> dict[str, Any]:
     launched_at: dict[int, float] = {}
     graph_launches: set[int] = set()
     kernels, spans = [], defaultdict(list)
+    graph_ends: dict[int, tuple[float, float]] = {}
     for event in events:
         category, arguments = event.get("cat"), event.get("args", {})
         if category in ("cuda_runtime", "cuda_driver") and "correlation" in arguments:
@@ -277,7 +279,11 @@ def read_trace(events: list[dict[str, Any]]) -> dict[str, Any]:
             if "GraphLaunch" in event["name"]:
                 graph_launches.add(arguments["correlation"])
         elif category in ("kernel", "gpu_memcpy", "gpu_memset"):
-            kernels.append((event["name"], event["dur"], arguments.get("correlation")))
+            correlation = arguments.get("correlation")
+            kernels.append((event["name"], event["dur"], correlation))
+            begin, end = graph_ends.get(correlation, (math.inf, -math.inf))
+            ended = max(end, event["ts"] + event["dur"])
+            graph_ends[correlation] = (min(begin, event["ts"]), ended)
         elif category == "user_annotation":
             kind, _, part = event["name"].partition("/")
             if part and kind in (*LAYER_KINDS.values(), "mtp"):
@@ -315,6 +321,9 @@ def read_trace(events: list[dict[str, Any]]) -> dict[str, Any]:
             {"name": name[:160], "calls": len(times), "us": sum(times)} for name, times in slowest
         ],
         "us_in_graphs": dict(in_graphs.most_common()),
+        "us_spanned_by_graphs": sum(
+            end - begin for launch, (begin, end) in graph_ends.items() if launch in graph_launches
+        ),
     }
 
 

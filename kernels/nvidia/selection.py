@@ -13,7 +13,7 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.platforms import current_platform
 
 from kernels import build, ops
-from kernels.dispatch import Device, Dispatch, Kernel, Shape, find_dispatch, only_ours
+from kernels.dispatch import Device, Dispatch, Kernel, Shape, find_dispatch, find_similar, only_ours
 from kernels.nvidia import marlin
 from kernels.weights import INT4_GROUP
 
@@ -55,7 +55,9 @@ def choose_dispatch(config: FusedMoEConfig) -> Dispatch:
                 f"no dispatch table has {shape}, so nothing says that they are faster; "
                 "`python -m bench.kernels --dispatch-table FILE` measures one"
             )
-        return only_ours(f"asked for, and no table has {shape}")
+        dispatch = find_similar(shape, this_device())
+        if dispatch is None:
+            return only_ours(f"asked for, and no table is of a layer like {shape}")
     if Kernel.MARLIN in dispatch.kernels and not marlin.can_read(
         shape.hidden_size, shape.inter_size
     ):

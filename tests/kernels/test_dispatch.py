@@ -10,7 +10,15 @@ import pytest
 from bench.kernels import dispatch as writer
 from bench.kernels.problem import Shape as BenchShape
 from kernels import dispatch
-from kernels.dispatch import Device, Dispatch, Kernel, Shape, find_dispatch, read_tables
+from kernels.dispatch import (
+    Device,
+    Dispatch,
+    Kernel,
+    Shape,
+    find_dispatch,
+    find_similar,
+    read_tables,
+)
 
 SHAPE = Shape(4096, 1024, 256, 6)
 MAXQ = Device("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "12.0")
@@ -162,3 +170,19 @@ def test_what_ships_can_be_read_and_serves_a_decode_step_of_flash_on_two_ranks()
         assert read_tables(path)
     shipped = find_dispatch(SHAPE, MAXQ)
     assert [shipped.kernel(tokens) for tokens in (1, 2, 3, 4)] == [Kernel.OURS] * 4
+
+
+def test_a_layer_without_a_table_takes_that_of_the_layer_most_like_it(tmp_path):
+    wide = [{"max_tokens": 8, "kernel": "ours"}, {"max_tokens": None, "kernel": "marlin"}]
+    tables = [
+        table(),
+        table(wide, inter_size=4096),
+        table([{"max_tokens": None, "kernel": "marlin"}], top_k=8, inter_size=2048),
+    ]
+    paths = [write(tmp_path, tables=tables)]
+    assert find_dispatch(Shape(4096, 3072, 256, 6), MAXQ, paths) is None
+    found = find_similar(Shape(4096, 3072, 256, 6), MAXQ, paths)
+    assert str(found) == "ours for 1 to 8 tokens, marlin for 9 and more tokens"
+    assert found.source == f"a.json, there for {Shape(4096, 4096, 256, 6)}"
+    assert find_similar(Shape(4096, 1408, 256, 6), MAXQ, paths).kernel(5) is Kernel.MARLIN
+    assert find_similar(Shape(4096, 1024, 64, 6), MAXQ, paths) is None

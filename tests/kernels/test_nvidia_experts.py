@@ -172,7 +172,7 @@ def test_asked_for_without_a_table_they_serve_every_batch():
     found = choose_dispatch(moe_config("external"))
     assert found.kernels == {Kernel.OURS}
     assert found.measured_on is None
-    assert found.source.startswith("asked for, and no table has Shape(")
+    assert found.source.startswith("asked for, and no table is of a layer like Shape(")
 
 
 def test_asked_for_with_a_table_the_table_holds():

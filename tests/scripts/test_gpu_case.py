@@ -81,6 +81,19 @@ def test_kernels_of_graphs_are_summed_by_name():
     assert read_trace(EVENTS)["us_in_graphs"] == {}
 
 
+def test_a_graph_spans_from_its_first_kernel_to_its_last():
+    events = [
+        *EVENTS,
+        {**launch(7, 600), "name": "cudaGraphLaunch"},
+        {**launch(8, 700), "name": "cudaGraphLaunch"},
+        {**kernel("up", 7, 10.0), "ts": 2000.0},
+        {**kernel("down", 7, 12.0), "ts": 2003.0},  # it starts before `up` has ended
+        {**kernel("up", 8, 9.0), "ts": 3000.0},
+    ]
+    assert read_trace(events)["us_spanned_by_graphs"] == 15.0 + 9.0
+    assert read_trace(EVENTS)["us_spanned_by_graphs"] == 0
+
+
 def test_each_case_asks_for_its_experts(monkeypatch):
     asked = {}
 
