@@ -276,8 +276,10 @@ __device__ __forceinline__ void stream(Work& work, Shared<kTiles>& shared) {
       finish_outer();  // the warps without items too: it has barriers
     }
   } else {
-    // One loop, not two: with two the decode kernels that nvcc 13.0 made for sm_90 gave wrong sums and
-    // read outside of memory on an H100, for a reason that was not found; this form passes there.
+    // One loop, not two: from two, ptxas 13.0.88 makes code for sm_90 in which `advance` reads the
+    // next expert at outers + 1, not at next.outer + 1: it loads `outers` into the register of
+    // next.outer and uses that once more. On an H100 decode_down then read weights from anywhere. In
+    // this form the code keeps a copy, for sm_80, sm_90 and sm_120a; read SASS again after a change.
     while (has_items && outer < work.outers)
       if (take_item()) ++outer;
     work.finish(0, total, Exchange<kTiles>{shared, work.groups, work.outers});
