@@ -15,8 +15,8 @@ GPU_PYTHON ?= $(PY)
 PROFILE ?= cpu-tiny
 PORT ?= 8000
 
-.PHONY: help setup demo kernels kernels-report test test-gpu bench-kernels lint patches-check \
-	patches-mutation serve bench bench-compare tiny-train clean
+.PHONY: help setup demo kernels kernels-report test test-gpu test-docker bench-kernels lint \
+	patches-check patches-mutation serve bench bench-compare eval image up down logs tiny-train clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -43,7 +43,10 @@ kernels-report: kernels ## what each kernel uses: registers, shared memory, load
 	@$(PYTHON) -m kernels.report --install
 
 test: $(STAMP) ## every test that needs no GPU
-	@$(PY) -m pytest -q -m "not gpu"
+	@$(PY) -m pytest -q -m "not gpu and not docker"
+
+test-docker: $(STAMP) ## build the image with an engine of its own, start it, break it; needs root
+	@$(PY) -m pytest -q -m docker
 
 # On a GPU host vLLM's CUDA wheel is installed otherwise: GPU_PYTHON=python3.
 GPU_STAMP := $(if $(filter $(PY),$(GPU_PYTHON)),$(STAMP))
@@ -53,10 +56,14 @@ test-gpu: $(GPU_STAMP) kernels ## the tests that need a CUDA device
 bench-kernels: $(GPU_STAMP) kernels ## time our kernels beside Marlin on this GPU
 	@$(GPU_PYTHON) -m bench.kernels
 
-lint: $(STAMP) ## ruff, formatting, patch headers
+lint: $(STAMP) ## ruff, formatting, patch headers, Dockerfile, compose
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) patches/patchq.py lint
+	@$(PY) docker/settings.py --check
+	@$(VENV)/bin/hadolint --config docker/hadolint.yaml Dockerfile
+	@$(VENV)/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	@$(VENV)/bin/docker-compose --env-file .env.example --profile "*" config --quiet
 
 patches-check: $(STAMP) ## lint the series and compare the installed engine with it
 	@$(PY) patches/patchq.py lint
@@ -80,6 +87,29 @@ bench: $(STAMP) ## measure a running server: make bench CONTEXT=524k STREAMS=2 [
 
 bench-compare: $(STAMP) ## exit 1 where HEAD=b.json is worse than BASE=a.json by MAX_REGRESSION (3%)
 	@$(PY) -m bench compare $(BASE) $(HEAD) --max-regression $(or $(MAX_REGRESSION),3%)
+
+# TASKS= REASONING= LIMIT= STREAMS= URL= CONTEXTS= GSM8K= MMLU= HUMANEVAL= BASE=: see bench eval --help.
+# PARITY=1 starts PROFILE itself, without MTP and then with it. RESUME= goes on.
+EVAL_OPTIONS = $(foreach option,url model tasks reasoning limit streams contexts depths gsm8k mmlu \
+	humaneval label result resume base engine,$(if $($(call upper,$(option))),--$(option) \
+	$($(call upper,$(option))))) $(if $(MAX_TOKENS),--max-tokens $(MAX_TOKENS))
+eval: $(STAMP) ## score a running server: make eval [QUICK=1] [URL=] [TASKS=] [BASE=old.json] [PARITY=1]
+	@$(PY) -m bench eval $(if $(PARITY),parity --profile $(PROFILE),run $(EVAL_OPTIONS)) \
+		$(if $(QUICK),--quick)
+
+TARGET ?= cpu
+# Plain python3: these four need Docker, and nothing of setup.
+image: ## build the image TARGET (cpu; or gpu, router), list its layers and packages
+	@$(PYTHON) docker/image.py $(TARGET) $(if $(LOCK),--lock) $(if $(REPORT),--report $(REPORT))
+
+up: ## start the containers of the profile that fits this machine
+	@$(PYTHON) docker/stack.py up
+
+down: ## stop and remove them; the caches stay
+	@$(PYTHON) docker/stack.py down
+
+logs: ## follow their output
+	@$(PYTHON) docker/stack.py logs
 
 tiny-train: $(STAMP) ## train the tiny checkpoint again
 	@$(PY) -m tiny train

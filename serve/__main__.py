@@ -10,11 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kernels.folder_lock import FolderHeld, check_free
+from serve.allreduce_tier import FILE_NAME, AllReduce, Choice
 from serve.checkpoint import check_checkpoint, read_json
 from serve.command import vllm_command
+from serve.doctor.report import add_doctor, run_doctor
 from serve.engine import REPOSITORY, check_engine
 from serve.environment import (
+    API_KEY,
     added_environment,
+    api_key,
+    cache_path,
     engine_environment,
     load_record_path,
     our_variables,
@@ -22,8 +27,9 @@ from serve.environment import (
     run_path,
 )
 from serve.errors import ConfigError, ServeError
+from serve.keys import Key, Keys, read_keys
 from serve.plan import check_split, run_plan
-from serve.profiles import load_profile, profile_names
+from serve.profiles import Device, load_profile, profile_names
 from serve.settings import GatewayMode, Settings, Source, add_flags, resolve
 from serve.summary import summary
 from serve.table import run_profiles
@@ -47,12 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     host, port = settings["host"], settings["port"]
     uds = None if bare else run_path(f"engine-{port}.sock")
     record = (arguments.load_record or load_record_path(port)).resolve()
-    command = vllm_command(
-        profile, model, host, port, profile.num_speculative_tokens, capture is not None, uds
-    )
-    env = engine_environment(profile, capture=capture, load_record=record)
-    added = added_environment(profile, capture, record)
-    shown = [f"{name}={value}" for name, value in sorted(added.items())]
+    keys = find_keys(settings["api_key_file"], bare)
     if not arguments.dry_run:
         if capture is not None:
             prepare_capture(capture)
@@ -62,20 +63,79 @@ def run(arguments: argparse.Namespace) -> int:
             check_split(read_json(model / "config.json"), profile)
         check_engine()
         prepare_record(record)
+    choice = choose_all_reduce(settings, probe=not arguments.dry_run)
+    command = vllm_command(
+        profile,
+        model,
+        host,
+        port,
+        profile.num_speculative_tokens,
+        capture is not None,
+        uds,
+        settings["sse_keep_alive_interval"],
+        settings["otlp_traces_endpoint"],
+        choice.tier if choice else None,
+    )
+    env = engine_environment(profile, capture=capture, load_record=record)
+    added = added_environment(profile, capture, record)
+    if choice is not None:
+        env |= choice.environment
+        added |= choice.environment
+    shown = [f"{name}={value}" for name, value in sorted(added.items())]
     for line in settings.changed():
         print(f"serve: {line}", file=sys.stderr, flush=True)
     print(shlex.join(shown + command), flush=True)
     if arguments.dry_run:
         return 0
     if uds is not None:
-        return run_front(settings, command, env, uds, lambda: print_summary(record, model))
+        env.pop(API_KEY, None)  # the gateway asks for it
+        return run_front(
+            settings, keys, record, command, env, uds, lambda: print_summary(record, model)
+        )
     start_summary(record, model, host, port)
     os.execve(command[0], command, env)
     return 0  # only where a test keeps execve from taking this process
 
 
+def choose_all_reduce(settings: Settings, probe: bool) -> Choice | None:
+    """How two cards reduce; None for any other number, and on the CPU.
+
+    Raises:
+        TierError: the one that is asked for is not proven, or none is.
+    """
+    profile = settings.profile
+    if profile.device is not Device.CUDA or profile.tensor_parallel_size != 2:
+        return None
+
+    def say(text: str) -> None:
+        print(f"serve: {text}", file=sys.stderr, flush=True)
+
+    path = cache_path(FILE_NAME)
+    choice = AllReduce.of_this_machine(path, settings["allreduce"], say, probe).choice
+    say(f"all-reduce: {choice.tier.value}: {choice.reason}")
+    return choice
+
+
+def find_keys(path: Path | None, bare: bool) -> Keys | None:
+    """Who may send requests; None is everybody.
+
+    Raises:
+        ConfigError: the file is no good, or nobody would ask for its keys.
+    """
+    own = api_key()
+    if path is None:
+        return Keys([(Key("default"), own)]) if own and not bare else None
+    if bare:
+        raise ConfigError("api_key_file: --gateway off: vLLM does not read it; set VLLM_API_KEY")
+    if own:
+        raise ConfigError("api_key_file: VLLM_API_KEY is set, too; one of them must go")
+    return read_keys(path)
+
+
 def run_front(
     settings: Settings,
+    keys: Keys | None,
+    record: Path,
     command: list[str],
     env: dict[str, str],
     uds: Path,
@@ -90,6 +150,13 @@ def run_front(
         socket_path=uds,
         shutdown_timeout=settings["shutdown_timeout"],
         slow_client_s=settings["slow_client_timeout"],
+        profile=settings.profile,
+        max_head_bytes=settings["max_header_bytes"],
+        load_record=record,
+        keys=keys,
+        status_access=settings["status_access"],
+        metrics_access=settings["metrics_access"],
+        log_format=settings["log_format"],
         admission=front.AdmissionLimits(
             streams=settings.profile.max_num_seqs,
             max_num_queued_reqs=settings["max_num_queued_reqs"],
@@ -189,6 +256,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     plan_parser.add_argument("--json", action="store_true", help="for other programs")
     table_parser = commands.add_parser("profiles", help="what each needs; does it fit here")
     table_parser.add_argument("--json", action="store_true", help="for other programs")
+    add_doctor(commands)
     return parser.parse_args(argv)
 
 
@@ -200,6 +268,8 @@ def main(argv: list[str] | None = None) -> int:
             run_plan(load_profile(arguments.profile), arguments.model, arguments.json)
         elif arguments.command == "profiles":
             run_profiles(arguments.json)
+        elif arguments.command == "doctor":
+            return run_doctor(arguments)
         else:
             return run(arguments)
     except ServeError as error:

@@ -4,7 +4,10 @@ import json
 import sys
 from pathlib import Path
 
+from serve.allreduce_tier import KERNEL_TIERS, Tier
 from serve.profiles import Device, Profile
+
+WORKER = "kernels.nvidia.worker.Worker"  # reduces over our kernel, see docs/allreduce.md
 
 
 def vllm_command(
@@ -15,10 +18,15 @@ def vllm_command(
     num_speculative_tokens: int,
     capture: bool = False,
     uds: Path | None = None,
+    sse_keep_alive_interval: int = 0,
+    otlp_traces_endpoint: str | None = None,
+    tier: Tier | None = None,
 ) -> list[str]:
     """Return the argument vector that starts vLLM's OpenAI server.
 
     With `uds` it listens on that unix socket instead of host and port.
+    `sse_keep_alive_interval`: seconds after which a silent stream gets a comment; 0 is never.
+    `tier`: of the all-reduce of two cards; None: NCCL, as it is.
     With `capture` the draft gets no rejected tokens, and nothing runs in a CUDA graph.
 
     The API server's module is started rather than `vllm serve`: that command asks for the version
@@ -34,14 +42,27 @@ def vllm_command(
     command += ["--max-model-len", str(profile.max_model_len)]
     command += ["--max-num-seqs", str(profile.max_num_seqs)]
     command += ["--max-num-batched-tokens", str(profile.max_num_batched_tokens)]
+    if profile.long_prefill_token_threshold:
+        # Without it a long prompt takes every step's whole budget until it is through, and a short
+        # one waits for minutes. Adaptive: the cap is at least a fair share of the step.
+        threshold = str(profile.long_prefill_token_threshold)
+        command += ["--long-prefill-token-threshold", threshold]
+        command += ["--long-prefill-token-threshold-adaptive"]
     command += ["--block-size", str(profile.block_size)]
     command += ["--kv-cache-dtype", profile.kv_cache_dtype.value]
     command += ["--enable-prompt-tokens-details"]
+    if sse_keep_alive_interval:
+        command += ["--sse-keep-alive-interval", str(sse_keep_alive_interval)]
+    if otlp_traces_endpoint:
+        command += ["--otlp-traces-endpoint", otlp_traces_endpoint]
     if profile.device is Device.CUDA:
         command += ["--tensor-parallel-size", str(profile.tensor_parallel_size)]
         command += ["--gpu-memory-utilization", str(profile.gpu_memory_utilization)]
-        # vLLM turns its own all-reduce on for two cards without a test of peer access.
-        command += ["--disable-custom-all-reduce"]
+        if tier is not Tier.VLLM_CUSTOM:
+            # vLLM turns its own on for two cards without a test of peer access.
+            command += ["--disable-custom-all-reduce"]
+        if tier in KERNEL_TIERS:
+            command += ["--worker-cls", WORKER]
     if profile.enforce_eager or capture:
         command += ["--enforce-eager"]
     if num_speculative_tokens:

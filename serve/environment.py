@@ -3,7 +3,7 @@
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from serve.errors import ConfigError
@@ -17,6 +17,7 @@ ENV_LINE = re.compile(
     re.VERBOSE,
 )
 LOAD_RECORD = "DSV4_LOAD_RECORD"  # read by the plugin, see kernels/load_record.py
+API_KEY = "VLLM_API_KEY"  # read by vLLM itself, which takes it from OpenAI's clients alone
 CAPTURE_DIR = "DSV4_CAPTURE_DIR"  # read by the plugin, see kernels/capture.py
 
 
@@ -58,6 +59,11 @@ def added_environment(
     return added
 
 
+def api_key(environment: Mapping[str, str] | None = None) -> str | None:
+    """The key that vLLM would ask for by itself."""
+    return (os.environ if environment is None else environment).get(API_KEY) or None
+
+
 def load_record_path(port: int) -> Path:
     """Where the engine says what it loaded: the variable's path, or one for each port."""
     if given := os.environ.get(LOAD_RECORD):
@@ -68,6 +74,17 @@ def load_record_path(port: int) -> Path:
 def run_path(name: str) -> Path:
     """Where a file of a running server is: in a folder of this user's."""
     return Path(tempfile.gettempdir()) / f"dsv4-maxq-{os.getuid()}" / name
+
+
+def cache_path(name: str) -> Path:
+    """Where a file is that outlives the server: in this user's cache."""
+    folder = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(folder) / "dsv4-maxq" / name
+
+
+def given_variables(names: Iterable[str]) -> dict[str, str]:
+    """Those of the named variables that the caller has set."""
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def our_variables(environment: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
@@ -18,9 +18,20 @@ import uvloop
 
 from serve.admission import Admission, AdmissionLimits
 from serve.errors import ConfigError
-from serve.gateway import Gateway
-from serve.relay import Relay, end_quietly
+from serve.faults import Faults
+from serve.gateway import Gateway, open_paths
+from serve.keys import HEADERS, Access, Keys
+from serve.log import Log, LogFormat, event
+from serve.metrics import Metrics
+from serve.monitor import Monitor
+from serve.own_routes import OwnRoutes
+from serve.profiles import Profile
+from serve.protocol import bounded
+from serve.relay import Flight, Relay, end_quietly
+from serve.status import Parts
 from serve.supervisor import Limits, Supervisor
+from serve.traffic import Traffic
+from serve.versions import collect_versions
 from serve.watchdog import WatchConfig, Watchdog
 
 KEEP_ALIVE_S = 75
@@ -34,12 +45,20 @@ UNIX_PATH_BYTES = 107  # sun_path without its closing zero
 class FrontConfig:
     """shutdown_timeout: seconds that running requests may take after the first SIGTERM."""
 
+    profile: Profile
     host: str
     port: int
     socket_path: Path
     watch: WatchConfig
     shutdown_timeout: float = 30.0
     slow_client_s: float = 60.0
+    max_head_bytes: int = 65536
+    monitor_interval_s: float = 5.0
+    load_record: Path | None = None
+    keys: Keys | None = None
+    status_access: Access = Access.OPEN
+    metrics_access: Access = Access.OPEN
+    log_format: LogFormat = LogFormat.JSON
     limits: Limits = field(default_factory=Limits)
     admission: AdmissionLimits = field(default_factory=AdmissionLimits)
 
@@ -104,20 +123,73 @@ async def serve(
         The exit status: 0 when every accepted request was answered, 1 when the grace or a second
         signal cut some off.
     """
-    supervisor = Supervisor(command, environment, config.socket_path, config.limits, on_ready)
+    with Log(config.log_format):
+        return await serve_logged(config, command, environment, sock, on_ready)
+
+
+async def serve_logged(
+    config: FrontConfig,
+    command: list[str],
+    environment: dict[str, str],
+    sock: socket.socket,
+    on_ready: Callable[[], None],
+) -> int:
+    """`serve` while the log is open."""
+    faults, traffic = Faults(), Traffic()
+    supervisor = Supervisor(
+        command, environment, config.socket_path, config.limits, on_ready, faults=faults
+    )
     admission = Admission(config.admission)
     relay = Relay(
         config.socket_path,
         config.slow_client_s,
         supervisor.lost,
         config.admission.max_body_bytes,
-        lambda flight: admission.learn(flight, time.monotonic()),
+        HEADERS if config.keys else frozenset(),
+    )
+    watchdog = Watchdog(config.watch, supervisor, relay, faults)
+    monitor = Monitor(
+        supervisor,
+        traffic,
+        faults,
+        config.load_record,
+        config.profile.num_speculative_tokens,
+        config.monitor_interval_s,
+    )
+    parts = Parts(
+        config.profile,
+        collect_versions(),
+        supervisor,
+        relay,
+        admission,
+        watchdog,
+        traffic,
+        faults,
+        monitor,
+        started_s=time.monotonic(),
+    )
+    metrics = Metrics(parts)
+    own = OwnRoutes(parts, metrics)
+
+    def on_end(flight: Flight) -> None:
+        admission.learn(flight, time.monotonic())
+        metrics.observe(flight, time.monotonic())
+        traffic.ended(flight)
+
+    gateway = Gateway(
+        supervisor,
+        relay,
+        own.app,
+        admission,
+        config.keys,
+        open_paths(config.status_access, config.metrics_access),
+        on_end,
     )
     await relay.start()
-    gateway = Gateway(supervisor, relay, admission)
     server = Server(
         uvicorn.Config(
             gateway,
+            http=bounded(config.max_head_bytes, config.slow_client_s),
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -137,7 +209,8 @@ async def serve(
         loop.add_signal_handler(number, on_signal)
     http = asyncio.create_task(server.serve(sockets=[sock]))
     engine = asyncio.create_task(supervisor.run())
-    watch = asyncio.create_task(Watchdog(config.watch, supervisor, relay).run())
+    watch = asyncio.create_task(watchdog.run())
+    look = asyncio.create_task(monitor.run())
     told = asyncio.create_task(signals[0].wait())
     try:
         # Only the signal ends by itself; if another does, its error must end the command.
@@ -152,9 +225,11 @@ async def serve(
         await relay.close()
         await end_quietly(told)
         await end_quietly(watch)
+        await end_quietly(look)
+        await own.close()
         config.socket_path.unlink(missing_ok=True)
     if num_cut:
-        print(f"serve: {num_cut} request(s) cut off", file=sys.stderr, flush=True)
+        event("drain", f"{num_cut} request(s) cut off", logging.WARNING)
     return 1 if num_cut else 0
 
 

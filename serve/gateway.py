@@ -2,97 +2,102 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from fastapi import FastAPI, Response
-from fastapi.responses import JSONResponse
+from collections.abc import Callable
 
 from serve.admission import Admission
 from serve.http_errors import Refusal
-from serve.relay import Message, Receive, Relay, Send, announced_bytes, is_work
+from serve.keys import Access, Keys
+from serve.relay import (
+    Flight,
+    Message,
+    Outcome,
+    Receive,
+    Relay,
+    Send,
+    announced_bytes,
+    answer,
+    is_work,
+)
+from serve.request_id import request_id
 from serve.stages import Stage
 from serve.supervisor import Supervisor
 
-OWN_PATHS = frozenset(("/livez", "/readyz", "/v1/health/live", "/v1/health/ready"))
+# Always answered: what watches a container has no key.
+PROBES = frozenset(("/livez", "/readyz", "/v1/health/live", "/v1/health/ready"))
+# The page itself holds no data: it asks for the document, with a key where one is needed.
+OWN_PATHS = PROBES | {"/status", "/status.json", "/metrics"}
 
 
 class Gateway:
-    """ASGI application over a supervisor's engine."""
+    """ASGI application over a supervisor's engine.
+
+    Args:
+        own: the application of OWN_PATHS.
+        keys: who may send requests; None is everybody.
+        open_paths: of ours, those that need no key.
+        on_end: called with each request but those of OWN_PATHS.
+    """
 
     def __init__(
-        self, supervisor: Supervisor, relay: Relay, admission: Admission | None = None
+        self,
+        supervisor: Supervisor,
+        relay: Relay,
+        own: Callable,
+        admission: Admission | None = None,
+        keys: Keys | None = None,
+        open_paths: frozenset[str] = OWN_PATHS,
+        on_end: Callable[[Flight], None] = lambda flight: None,
     ) -> None:
-        self._admission = admission
-        self._supervisor, self._relay = supervisor, relay
-        self._own = own_routes(supervisor)
-        self.num_refused = 0
+        self._supervisor, self._relay, self._own = supervisor, relay, own
+        self._admission, self._keys, self._on_end = admission, keys, on_end
+        self._open = open_paths
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
             await receive()
             await send({"type": "websocket.close", "code": 1008, "reason": "not relayed"})
-        elif scope["path"] in OWN_PATHS:
+            return
+        path, method = scope["path"], scope["method"]
+        flight = Flight(path, is_work(method, path), method, request_id(scope["headers"]))
+        refusal = None if path in self._open else self._check_key(scope, flight)
+        if path in OWN_PATHS and not refusal:
             await self._own(scope, receive, send)
-        elif refusal := self.refusal(scope["method"], scope["path"], announced_bytes(scope)):
-            self.num_refused += 1
-            await refuse(refusal, scope["path"], send)
-        else:
-            await self._relay(scope, receive, send)
+            return
+        try:
+            if refusal := refusal or self._refusal(flight, announced_bytes(scope)):
+                flight.outcome = Outcome.REFUSED
+                await answer(refusal, flight, receive, send)
+            else:
+                await self._relay(scope, receive, send, flight)
+        finally:
+            self._on_end(flight)
 
-    def refusal(self, method: str, path: str, num_bytes: int) -> Refusal | None:
+    def _check_key(self, scope: Message, flight: Flight) -> Refusal | None:
+        if self._keys is None:
+            return None
+        flight.key = self._keys.find(scope["headers"])
+        if flight.key is None:
+            return Refusal(401, "no valid API key, as Authorization: Bearer or x-api-key")
+        return None
+
+    def _refusal(self, flight: Flight, num_bytes: int) -> Refusal | None:
         """Why the engine does not get this request; None when it does."""
         supervisor = self._supervisor
         if supervisor.ready:
-            if self._admission is None or not is_work(method, path):
+            if self._admission is None or not flight.work:
                 return None
-            return self._admission.refusal(num_bytes, self._relay.flights)
+            return self._admission.refusal(num_bytes, self._relay.flights, flight.key)
         # Looking on is free while running streams end.
-        if supervisor.stage is Stage.DRAINING and not is_work(method, path):
+        if supervisor.stage is Stage.DRAINING and not flight.work:
             return None
         return supervisor.refusal()
 
 
-async def refuse(refusal: Refusal, path: str, send: Send) -> None:
-    """Answer with a refusal. The body of the request is not read, so the connection closes."""
-    body = refusal.body(path)
-    headers = [*refusal.headers(body), (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-def own_routes(supervisor: Supervisor) -> FastAPI:
-    """Liveness and readiness."""
-    app = FastAPI(openapi_url=None)
-
-    @app.get("/livez")
-    @app.get("/v1/health/live")
-    async def livez() -> dict[str, str]:
-        """This process answers; the engine may not."""
-        return {"status": "live"}
-
-    @app.get("/readyz")
-    @app.get("/v1/health/ready")
-    async def readyz() -> Response:
-        """Whether a request would reach the engine now; else 503 with the stage it is in."""
-        if supervisor.ready:
-            return JSONResponse(readiness(supervisor))
-        refusal = supervisor.refusal()
-        headers = {}
-        if refusal.retry_after_s is not None:
-            headers["Retry-After"] = str(refusal.retry_after_s)
-        return JSONResponse(readiness(supervisor), status_code=503, headers=headers)
-
-    return app
-
-
-def readiness(supervisor: Supervisor) -> dict[str, Any]:
-    """The body of /readyz."""
-    progress = supervisor.progress
-    return {
-        "ready": supervisor.ready,
-        "stage": supervisor.stage.value,
-        "progress": progress
-        and {"done": progress.done, "total": progress.total, "what": progress.what},
-        "reason": supervisor.failure or (supervisor.ends[-1].reason if supervisor.ends else None),
-        "lives": supervisor.num_lives,
-    }
+def open_paths(status: Access, metrics: Access) -> frozenset[str]:
+    """Our paths that need no key."""
+    paths = PROBES | {"/status"}
+    if status is Access.OPEN:
+        paths |= {"/status.json"}
+    if metrics is Access.OPEN:
+        paths |= {"/metrics"}
+    return paths

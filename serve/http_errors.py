@@ -9,8 +9,13 @@ from http import HTTPStatus
 ANTHROPIC_PREFIX = "/v1/messages"
 TYPES = {
     401: ("AuthenticationError", "authentication_error"),
+    404: ("NotFoundError", "not_found_error"),
+    405: ("MethodNotAllowedError", "invalid_request_error"),
+    408: ("RequestTimeoutError", "timeout_error"),
     413: ("RequestTooLargeError", "request_too_large"),
+    422: ("BadRequestError", "invalid_request_error"),
     429: ("RateLimitError", "rate_limit_error"),
+    431: ("RequestHeaderFieldsTooLargeError", "request_too_large"),
     502: ("BadGatewayError", "api_error"),
     503: ("ServiceUnavailableError", "overloaded_error"),
     504: ("GatewayTimeoutError", "timeout_error"),
@@ -52,4 +57,6 @@ class Refusal:
         ]
         if self.retry_after_s is not None:
             headers.append((b"retry-after", str(self.retry_after_s).encode()))
+        if self.status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
         return headers

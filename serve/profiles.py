@@ -51,6 +51,7 @@ class Profile:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    long_prefill_token_threshold: int
     block_size: int
     kv_cache_dtype: KvCacheDtype
     num_speculative_tokens: int
@@ -82,6 +83,12 @@ class Profile:
         if self.device is Device.CUDA and not 0 < self.gpu_memory_utilization < 1:
             raise self._error(
                 "gpu_memory_utilization", self.gpu_memory_utilization, "must be between 0 and 1"
+            )
+        if not 0 <= self.long_prefill_token_threshold <= self.max_num_batched_tokens:
+            raise self._error(
+                "long_prefill_token_threshold",
+                self.long_prefill_token_threshold,
+                f"must be in 0..max_num_batched_tokens ({self.max_num_batched_tokens})",
             )
         if self.block_size != 256:
             raise self._error("block_size", self.block_size, "DeepSeek-V4 takes 256 only")

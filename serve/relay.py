@@ -10,15 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-from yarl import URL
-
 from serve.http_errors import Refusal
+from serve.keys import Key
+from serve.protocol import Protocol
+from serve.upstream import EngineGone, Headers, Upstream
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -39,9 +40,11 @@ HOP_BY_HOP = frozenset(
         b"expect",  # uvicorn has answered it
     )
 )
-OWN_HEADERS = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")  # aiohttp adds no such
-CHUNK_BYTES = 2**16
+REQUEST_ID = b"x-request-id"  # vLLM takes it as the request's name
 SWEEP_S = 1.0
+# Of a refused request's body, read so that its client can read the answer.
+DISCARD_S = 2.0
+DISCARD_BYTES = 2**25
 
 
 class BodyTooLarge(Exception):
@@ -49,67 +52,68 @@ class BodyTooLarge(Exception):
 
 
 class ClientGone(Exception):
-    """The client closed its connection, or takes nothing any more."""
+    """The client closed its connection."""
 
 
-class EngineGone(Exception):
-    """The engine closed its connection before the answer's end."""
+class ClientSlow(Exception):
+    """The client sends nothing of its request's body any more."""
+
+
+class Outcome(StrEnum):
+    """How a request ended."""
+
+    DONE = "done"
+    CLIENT_GONE = "client gone"
+    CLIENT_SLOW = "client slow"
+    ENGINE_LOST = "engine lost"
+    REFUSED = "refused"
+    FAILED = "failed"  # by a fault of ours
 
 
 @dataclass(eq=False)
 class Flight:
-    """One request on its way. Times are of time.monotonic(), 0.0 for not yet."""
+    """One request on its way. Times are of time.monotonic(), 0.0 for not yet or not now."""
 
     path: str
     work: bool
-    task: asyncio.Task[None] | None = None
+    method: str = ""
+    request_id: str = ""
+    key: Key | None = None
     started_s: float = field(default_factory=time.monotonic)
-    first_byte_s: float = 0.0
+    first_byte_s: float = (
+        0.0  # of the answer's body; comments that keep a stream alive do not count
+    )
+    receiving_since_s: float = 0.0
     sending_since_s: float = 0.0
     num_bytes_in: int = 0
     num_bytes_out: int = 0
+    status: int = 0
+    is_stream: bool = False
+    tail: bytes = b""  # the last two bytes of the answer's body
+    uploaded: bool = False  # the request's body has come whole
     slow: bool = False
-    body: Body | None = None
+    outcome: Outcome = Outcome.FAILED
+    connection: Protocol | None = None
+    upstream: Upstream | None = None
 
     @property
     def waits_for_engine(self) -> bool:
-        """Whether the next step is the engine's: the request is sent, the client takes bytes."""
-        sent = self.body is None or self.body.ended.is_set()
-        return self.work and sent and not self.sending_since_s
+        """Whether the next step is the engine's, not the client's."""
+        return self.work and not self.receiving_since_s and not self.sending_since_s
 
+    def take(self, part: bytes) -> bool:
+        """Pass on a part of an answer without a length; whether the client keeps up."""
+        assert self.connection is not None
+        keeps_up = self.connection.write_chunk(part)
+        self.count(part)
+        return keeps_up
 
-class Body:
-    """A request's body, passed on as it comes."""
-
-    def __init__(self, receive: Receive, flight: Flight, max_bytes: int) -> None:
-        self._receive, self._flight, self._max_bytes = receive, flight, max_bytes
-        self.num_bytes = 0
-        self.too_large = False
-        self.ended = asyncio.Event()
-        self.client_gone = False
-
-    async def parts(self) -> AsyncIterator[bytes]:
-        more = True
-        while more:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                self.client_gone = True
-                self.ended.set()
-                raise ClientGone
-            more = message.get("more_body", False)
-            if part := message.get("body", b""):
-                self.num_bytes += len(part)
-                self._flight.num_bytes_in = max(self._flight.num_bytes_in, self.num_bytes)
-                if self.num_bytes > self._max_bytes:
-                    self.too_large = True
-                    raise BodyTooLarge
-                yield part
-        self.ended.set()
-
-    async def wait_until_client_gone(self) -> None:
-        await self.ended.wait()
-        while not self.client_gone:
-            self.client_gone = (await self._receive())["type"] == "http.disconnect"
+    def count(self, part: bytes) -> None:
+        """Note that a part of the answer went its way."""
+        if not self.first_byte_s and not part.startswith(b":"):
+            self.first_byte_s = time.monotonic()
+        self.num_bytes_out += len(part)
+        self.tail = (part if len(part) > 1 else self.tail + part)[-2:]
 
 
 def is_work(method: str, path: str) -> bool:
@@ -125,7 +129,7 @@ def announced_bytes(scope: Message) -> int:
     return 0
 
 
-def kept_headers(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+def kept_headers(headers: Headers) -> Headers:
     """Headers without those that belong to one connection; names in lower case."""
     lower = [(name.lower(), value) for name, value in headers]
     named = {
@@ -137,15 +141,15 @@ def kept_headers(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]
     return [(n, v) for n, v in lower if n not in HOP_BY_HOP and n not in named]
 
 
-def text(value: bytes) -> str:
-    """A header's value such that aiohttp, which writes UTF-8, writes the same bytes.
+def is_chunked(scope: Message) -> bool:
+    """Whether a request's body has no length but an end."""
+    return any(name == b"transfer-encoding" for name, _ in scope["headers"])
 
-    Other bytes than UTF-8 are rare enough in headers to be read as Latin-1 and written as UTF-8.
-    """
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        return value.decode("latin-1")
+
+def request_target(scope: Message) -> bytes:
+    """Path and query as the client sent them."""
+    query = scope["query_string"]
+    return scope["raw_path"] + (b"?" + query if query else b"")
 
 
 class Relay:
@@ -153,10 +157,10 @@ class Relay:
 
     Args:
         socket_path: where the engine listens; it may be absent for now.
-        slow_client_s: a client that takes no byte for so long is let go.
+        slow_client_s: a client that takes or sends no byte for so long is let go.
         lost: what to tell a client whose request the engine dropped.
         max_body_bytes: of a request; a longer one is 413.
-        on_end: called with each request that ends.
+        hidden: headers of requests that the engine does not get.
     """
 
     def __init__(
@@ -165,39 +169,20 @@ class Relay:
         slow_client_s: float,
         lost: Callable[[], Refusal],
         max_body_bytes: int = 2**40,
-        on_end: Callable[[Flight], None] = lambda flight: None,
+        hidden: frozenset[bytes] = frozenset(),
     ) -> None:
-        self._max_body_bytes, self._on_end = max_body_bytes, on_end
         self.flights: set[Flight] = set()
-        self.num_clients_gone = self.num_engine_lost = self.num_slow_clients = 0
+        self._max_body_bytes, self._hidden = max_body_bytes, hidden | {REQUEST_ID}
         self._socket_path, self._slow_client_s, self._lost = socket_path, slow_client_s, lost
-        self._session: aiohttp.ClientSession | None = None
         self._sweeper: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Open the client side; to be called in the running loop."""
-        # Decoding takes minutes and prefill too: the watchdog, not a timeout, judges the engine.
-        timeout = aiohttp.ClientTimeout(total=None, connect=10)
-        self._session = aiohttp.ClientSession(
-            # An idle connection may be closed by the engine just when it is taken for a POST, which
-            # must not be sent twice: each request has its own. On a unix socket that is cheap.
-            connector=aiohttp.UnixConnector(str(self._socket_path), limit=0, force_close=True),
-            timeout=timeout,
-            auto_decompress=False,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            skip_auto_headers=OWN_HEADERS,
-            read_bufsize=CHUNK_BYTES,
-            max_line_size=CHUNK_BYTES,
-            max_field_size=CHUNK_BYTES,
-        )
+        """Begin to look for slow clients; to be called in the running loop."""
         self._sweeper = asyncio.create_task(self._sweep())
 
     async def close(self) -> None:
-        """Close what is open."""
-        if self._sweeper:
-            self._sweeper.cancel()
-        if self._session:
-            await self._session.close()
+        """End what `start` began."""
+        await end_quietly(self._sweeper)
 
     @property
     def num_working(self) -> int:
@@ -209,119 +194,157 @@ class Relay:
         """Requests whose next step is the engine's."""
         return sum(flight.waits_for_engine for flight in self.flights)
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Relay one HTTP request (an ASGI application)."""
-        flight = Flight(scope["path"], is_work(scope["method"], scope["path"]))
+    async def __call__(self, scope: Message, receive: Receive, send: Send, flight: Flight) -> None:
+        """Relay one HTTP request. `flight` is filled in as it goes."""
+        flight.connection = scope["state"]["connection"]
         flight.num_bytes_in = announced_bytes(scope)
-        body = flight.body = Body(receive, flight, self._max_body_bytes)
-        flight.task = asyncio.create_task(self._exchange(scope, body, send, flight))
-        watcher = asyncio.create_task(body.wait_until_client_gone())
+        flight.receiving_since_s = time.monotonic()
         self.flights.add(flight)
+        upload: asyncio.Task[None] | None = None
         try:
-            await asyncio.wait((flight.task, watcher), return_when=asyncio.FIRST_COMPLETED)
-            if not flight.task.done():
-                self.num_clients_gone += 1
+            upstream = flight.upstream = await Upstream.open(self._socket_path, flight.method)
+            upstream.send_head(
+                flight.method, request_target(scope), self._request_headers(scope, flight)
+            )
+            upload = asyncio.create_task(self._upload(receive, upstream, flight, is_chunked(scope)))
+            await self._pass_answer(upstream, send, flight)
+            flight.outcome = Outcome.DONE
+        except (ClientGone, ClientSlow, BodyTooLarge, EngineGone, OSError) as error:
+            await end_quietly(upload)
+            await self._end_early(error, receive, send, flight)
         finally:
+            if flight.upstream:
+                flight.upstream.abort()
+            await end_quietly(upload)
             self.flights.discard(flight)
-            self._on_end(flight)
-            flight.task.cancel()
-            watcher.cancel()
-            results = await asyncio.gather(flight.task, watcher, return_exceptions=True)
-        if isinstance(results[0], Exception):
-            raise results[0]
 
-    async def _exchange(self, scope: Message, body: Body, send: Send, flight: Flight) -> None:
-        last = b""
-        started = is_stream = False
-        try:
-            async with self._request(scope, body) as response:
-                headers = kept_headers(list(response.raw_headers))
-                is_stream = response.content_type == "text/event-stream"
-                flight.first_byte_s = time.monotonic()
-                started = True
-                await send(
-                    {"type": "http.response.start", "status": response.status, "headers": headers}
-                )
-                content = response.content
-                while part := await content.readany():
-                    flight.num_bytes_out += len(part)
-                    last = part if len(part) > 1 else last[-1:] + part
-                    # Set for the sweep only: a timeout for each part would cost more than the part.
-                    flight.sending_since_s = time.monotonic()
-                    await send({"type": "http.response.body", "body": part, "more_body": True})
-                    flight.sending_since_s = 0.0
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except ClientGone:
-            self.num_clients_gone += 1
-        except (TimeoutError, aiohttp.ClientError, OSError, BodyTooLarge) as error:
-            if body.client_gone:  # aiohttp wraps what the body's generator raised
-                self.num_clients_gone += 1
-                return
-            if body.too_large:
-                refusal = Refusal(413, f"the body has more than {self._max_body_bytes} bytes")
-                await self._tell(scope["path"], send, started, False, error, refusal)
-                return
-            self.num_engine_lost += 1
-            await self._tell(
-                scope["path"], send, started, is_stream and last[-2:] in (b"\n\n", b""), error
-            )
+    def _request_headers(self, scope: Message, flight: Flight) -> Headers:
+        headers = [h for h in kept_headers(scope["headers"]) if h[0] not in self._hidden]
+        headers.append((REQUEST_ID, flight.request_id.encode()))
+        if is_chunked(scope):
+            headers.append((b"transfer-encoding", b"chunked"))
+        headers.append((b"connection", b"close"))
+        return headers
 
-    def _request(self, scope: Message, body: Body) -> Any:
-        assert self._session is not None
-        headers = kept_headers(scope["headers"])
-        names = {name for name, _ in scope["headers"]}
-        has_body = bool(names & {b"content-length", b"transfer-encoding"})
-        if not has_body:
-            body.ended.set()
-        query = scope["query_string"].decode("latin-1")
-        target = scope["raw_path"].decode("latin-1") + (f"?{query}" if query else "")
-        return self._session.request(
-            scope["method"],
-            URL(f"http://engine{target}", encoded=True),
-            headers=[(n.decode("latin-1"), text(v)) for n, v in headers],
-            data=body.parts() if has_body else None,
-            allow_redirects=False,
-        )
-
-    async def _tell(
-        self,
-        path: str,
-        send: Send,
-        started: bool,
-        event_fits: bool,
-        error: BaseException,
-        refusal: Refusal | None = None,
+    async def _upload(
+        self, receive: Receive, upstream: Upstream, flight: Flight, chunked: bool
     ) -> None:
-        """Say that the engine dropped the request, as far as the answer still allows."""
-        refusal = refusal or self._lost()
-        if not started:
-            content = refusal.body(path)
-            await send(
-                {
-                    "type": "http.response.start",
-                    "status": refusal.status,
-                    "headers": refusal.headers(content),
-                }
-            )
-            await send({"type": "http.response.body", "body": content})
-        elif event_fits:
-            await send({"type": "http.response.body", "body": refusal.event(path)})
+        """Pass on the request's body, then wait for the client to go away."""
+        more, num_bytes = True, 0
+        with contextlib.suppress(EngineGone):  # `_pass_answer` sees it, too
+            while more:
+                flight.receiving_since_s = time.monotonic()
+                message = await receive()
+                flight.receiving_since_s = 0.0
+                if message["type"] == "http.disconnect":
+                    upstream.abort(ClientGone())
+                    return
+                more, part = message.get("more_body", False), message.get("body", b"")
+                num_bytes += len(part)
+                flight.num_bytes_in = max(flight.num_bytes_in, num_bytes)
+                if num_bytes > self._max_body_bytes:
+                    upstream.abort(BodyTooLarge())
+                    return
+                if part and chunked:
+                    part = b"%x\r\n%b\r\n" % (len(part), part)
+                if part:
+                    await upstream.send(part)
+            flight.uploaded = True
+            if chunked:
+                await upstream.send(b"0\r\n\r\n")
+        await until_gone(receive)
+        upstream.abort(ClientGone())
+
+    async def _pass_answer(self, upstream: Upstream, send: Send, flight: Flight) -> None:
+        await upstream.head()
+        flight.status = upstream.status
+        flight.is_stream = any(
+            name == b"content-type" and value.startswith(b"text/event-stream")
+            for name, value in upstream.headers
+        )
+        headers = [h for h in kept_headers(upstream.headers) if h[0] != REQUEST_ID]
+        headers.append((REQUEST_ID, flight.request_id.encode()))
+        await send({"type": "http.response.start", "status": flight.status, "headers": headers})
+        if any(name == b"content-length" for name, _ in headers) or not upstream.has_body:
+            while part := await upstream.read():
+                flight.count(part)
+                await self._send(send, flight, part)
         else:
-            # uvicorn closes the connection without the end that the client waits for.
-            raise EngineGone(f"relay {path}: the engine's answer broke off: {error}") from error
+            while not await upstream.pass_to(flight.take):
+                await self._send(send, flight, b"")
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send(self, send: Send, flight: Flight, part: bytes) -> None:
+        """Send, and wait until the client takes more."""
+        # For the sweep: a timeout for each part would cost more than the part.
+        flight.sending_since_s = time.monotonic()
+        await send({"type": "http.response.body", "body": part, "more_body": True})
+        flight.sending_since_s = 0.0
+
+    async def _end_early(
+        self, error: Exception, receive: Receive, send: Send, flight: Flight
+    ) -> None:
+        """Say that the answer will not come or go on, as far as it still can be said."""
+        refusal = self._lost()
+        flight.outcome = Outcome.ENGINE_LOST
+        if isinstance(error, ClientGone):
+            flight.outcome = Outcome.CLIENT_SLOW if flight.slow else Outcome.CLIENT_GONE
+            return
+        if isinstance(error, BodyTooLarge):
+            refusal = Refusal(413, f"the body has more than {self._max_body_bytes} bytes")
+            flight.outcome = Outcome.REFUSED
+        elif isinstance(error, ClientSlow):
+            refusal = Refusal(408, f"nothing of the body came for {self._slow_client_s:g} s")
+            flight.outcome = Outcome.CLIENT_SLOW
+        if not flight.status:
+            await answer(refusal, flight, receive, send)
+        elif flight.is_stream and flight.tail in (b"", b"\n\n"):
+            await send({"type": "http.response.body", "body": refusal.event(flight.path)})
+        elif flight.connection:
+            # Closed without the end that the client waits for; what was sent still arrives.
+            flight.sending_since_s = time.monotonic()
+            flight.connection.close()
+            await until_gone(receive)
 
     async def _sweep(self) -> None:
-        """Let go of clients that take nothing."""
+        """Let go of clients that take or send nothing."""
         while True:
             await asyncio.sleep(min(SWEEP_S, self._slow_client_s / 2))
-            now = time.monotonic()
+            since = time.monotonic() - self._slow_client_s
             for flight in list(self.flights):
-                since = flight.sending_since_s
-                if since and now - since > self._slow_client_s and flight.task:
-                    if not flight.slow:
-                        self.num_slow_clients += 1
+                if 0.0 < flight.sending_since_s < since and flight.connection:
                     flight.slow = True
-                    flight.task.cancel()
+                    flight.connection.abort()
+                elif 0.0 < flight.receiving_since_s < since and flight.upstream:
+                    flight.upstream.abort(ClientSlow())
+
+
+async def until_gone(receive: Receive) -> None:
+    """Wait until the client closes its connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def answer(refusal: Refusal, flight: Flight, receive: Receive, send: Send) -> None:
+    """Answer with a refusal, and close the connection.
+
+    What still comes of the request is read and dropped for a while: a client whose bytes nobody
+    takes gets a reset, and not the answer.
+    """
+    flight.status = refusal.status
+    body = refusal.body(flight.path)
+    headers = [*refusal.headers(body), (REQUEST_ID, flight.request_id.encode())]
+    headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    num_bytes, more = 0, not flight.uploaded
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_S):
+            while more and num_bytes < DISCARD_BYTES:
+                message = await receive()
+                more = message.get("more_body", False)
+                num_bytes += len(message.get("body", b""))
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def end_quietly(task: asyncio.Task[Any] | None) -> None:

@@ -10,8 +10,11 @@ from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any
 
+from serve.allreduce_tier import AUTO, Tier
 from serve.environment import PREFIX
 from serve.errors import ConfigError
+from serve.keys import Access
+from serve.log import LogFormat
 from serve.profiles import DEVICE_KEYS, Profile, load_profile, profile_names
 
 BOOLEANS = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
@@ -65,6 +68,13 @@ def boolean(text: str) -> bool:
     return BOOLEANS[text.lower()]
 
 
+def all_reduce(text: str) -> str:
+    """auto, or the name of a tier."""
+    if text not in (names := [AUTO, *(tier.value for tier in Tier)]):
+        raise ValueError(f"must be one of {', '.join(names)}")
+    return text
+
+
 @dataclass(frozen=True)
 class Setting:
     """parse raises ValueError with the rule as its text. default None: the profile has it."""
@@ -94,6 +104,14 @@ OWN = (
     Setting("max_num_queued_reqs", count, "requests that may wait beside the running ones", 16),
     Setting("max_num_queued_tokens", count, "prompt tokens that may wait; default 2 windows"),
     Setting("max_body_bytes", count, "of one request", 16 * 2**20),
+    Setting("max_header_bytes", count, "of one request's line and headers", 65536),
+    Setting("api_key_file", Path, "lines of NAME KEY [MAX_CONCURRENCY]; none: everybody is served"),
+    Setting("status_access", Access, "key: /status.json needs one", Access.OPEN),
+    Setting("metrics_access", Access, "key: /metrics needs one", Access.OPEN),
+    Setting("log_format", LogFormat, "json or text", LogFormat.JSON),
+    Setting("sse_keep_alive_interval", count, "seconds after which a silent stream says so", 15),
+    Setting("otlp_traces_endpoint", str, "where vLLM sends OpenTelemetry traces"),
+    Setting("allreduce", all_reduce, "of two cards: auto, or a tier of docs/hardware.md", AUTO),
     Setting("report_dir", Path, "where dumps of a stalled engine go"),
 )
 

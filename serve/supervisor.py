@@ -12,7 +12,6 @@ import ctypes
 import os
 import resource
 import signal
-import sys
 import threading
 import time
 from collections import deque
@@ -22,7 +21,9 @@ from pathlib import Path
 
 import aiohttp
 
+from serve.faults import FaultKind, Faults
 from serve.http_errors import Refusal
+from serve.log import event
 from serve.relay import end_quietly
 from serve.stages import Lines, Progress, Stage, read_line
 
@@ -96,6 +97,7 @@ class Supervisor:
         limits: Limits | None = None,
         on_ready: Callable[[], None] = lambda: None,
         echo: Callable[[bytes], object] | None = None,
+        faults: Faults | None = None,
     ) -> None:
         self.limits = limits or Limits()
         self.socket_path = socket_path
@@ -109,6 +111,7 @@ class Supervisor:
         self.dump: Callable[[], Awaitable[Path | None]] | None = None
         self._command, self._environment = command, environment
         self._on_ready = on_ready
+        self._faults = faults or Faults()
         self._echo = echo or write_to_stdout
         self._stop = asyncio.Event()
         self._stalled: asyncio.Future[str] | None = None
@@ -172,6 +175,9 @@ class Supervisor:
             if self._stop.is_set():
                 break
             self.ends.append(End(time.time(), reason, report))
+            stalled = self._stalled is not None and self._stalled.done()
+            kind = FaultKind.ENGINE_STALLED if stalled else FaultKind.ENGINE_ENDED
+            self._faults.once(kind, reason)
             recent = [e for e in self.ends if e.at_unix_s > time.time() - self.limits.window_s]
             if len(recent) >= self.limits.max_ends:
                 self.failure = (
@@ -179,6 +185,7 @@ class Supervisor:
                     f"the last: {reason}"
                 )
                 self._enter(Stage.FAILED)
+                self._faults.begin(FaultKind.ENGINE_FAILED, self.failure)
                 self.say(f"not restarted: {self.failure}")
                 await self._stop.wait()
                 break
@@ -297,4 +304,4 @@ class Supervisor:
 
     def say(self, text: str) -> None:
         """Tell the log."""
-        print(f"serve: {text}", file=sys.stderr, flush=True)
+        event("engine", text, stage=self.stage.value, life=self.num_lives)

@@ -18,6 +18,7 @@ from pathlib import Path
 import aiohttp
 
 from serve.evidence import gather_evidence
+from serve.faults import FaultKind, Faults
 from serve.relay import Relay, end_quietly
 from serve.supervisor import Supervisor
 
@@ -54,10 +55,17 @@ def read_progress(metrics: str) -> tuple[str, ...]:
 class Watchdog:
     """Watches one supervisor's engine; `run` ends with its task."""
 
-    def __init__(self, config: WatchConfig, supervisor: Supervisor, relay: Relay) -> None:
+    def __init__(
+        self,
+        config: WatchConfig,
+        supervisor: Supervisor,
+        relay: Relay,
+        faults: Faults | None = None,
+    ) -> None:
         self.config = config
         self.num_stalls = self.num_canaries = self.num_canaries_failed = 0
         self._supervisor, self._relay = supervisor, relay
+        self._faults = faults or Faults()
         self._life = 0
         self._seen: tuple[str, ...] = ()
         self._moved_s = self._proved_s = time.monotonic()
@@ -131,7 +139,12 @@ class Watchdog:
                 await response.read()
         except (aiohttp.ClientError, OSError):
             answered = False
-        self.num_canaries_failed += not answered
+        if answered:
+            self._faults.end(FaultKind.CANARY_FAILED)
+        else:
+            self.num_canaries_failed += 1
+            text = "an idle engine did not answer a request for one token with status 200"
+            self._faults.begin(FaultKind.CANARY_FAILED, text)
 
     async def dump(self) -> Path | None:
         """Write what is known of a stalled engine to a file, which takes its processes' lives."""

@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
         commands.add_parser("interference", help="short requests while a long prompt prefills")
     )
     _add_simulate(commands.add_parser("simulate", help="predict decode speed from bytes"))
+    commands.add_parser("eval", help="score accuracy; see `bench eval --help`", add_help=False)
     return top
 
 

@@ -127,10 +127,15 @@ def to_json(config: LoadConfig) -> dict[str, Any]:
     record = asdict(config)
     record["goodput"] = dict(config.goodput)
     record["tokenizer"] = config.tokenizer.name if config.tokenizer else None
-    scheme, _, rest = config.url.partition("://")
-    host, slash, path = rest.partition("/")
-    record["url"] = f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+    record["url"] = bare_url(config.url)
     return record
+
+
+def bare_url(url: str) -> str:
+    """The URL without a user and a password."""
+    scheme, _, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 def from_json(record: dict[str, Any], tokenizer: Path | None) -> LoadConfig:

@@ -8,7 +8,6 @@ from typing import Any
 
 from bench.load import rounds
 from bench.load.errors import LoadError
-from bench.load.rounds import Round
 
 SCHEMA_VERSION = 1
 
@@ -16,7 +15,11 @@ SCHEMA_VERSION = 1
 class Journal:
     """One file: a header, then rounds. Every line is on disk before the next round starts."""
 
-    def __init__(self, path: Path, header: dict[str, Any], done: list[Round]) -> None:
+    # Of one line; a journal of something else has others.
+    encode = staticmethod(rounds.to_json)
+    decode = staticmethod(rounds.from_json)
+
+    def __init__(self, path: Path, header: dict[str, Any], done: list[Any]) -> None:
         self.path = path
         self.header = header
         self.done = done
@@ -59,12 +62,12 @@ class Journal:
         if version != SCHEMA_VERSION:
             raise LoadError(f"{path}: schema version {version}; this program has {SCHEMA_VERSION}")
         path.write_bytes(whole + newline)
-        return cls(path, lines[0], [rounds.from_json(line) for line in lines[1:]])
+        return cls(path, lines[0], [cls.decode(line) for line in lines[1:]])
 
-    def add(self, done: Round) -> None:
+    def add(self, done: Any) -> None:
         """Append a round."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(rounds.to_json(done), separators=(",", ":")) + "\n")
+            file.write(json.dumps(self.encode(done), separators=(",", ":")) + "\n")
         self.done.append(done)
 
     def has(self, cell: int, repeat: int) -> bool:

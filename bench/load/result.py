@@ -47,7 +47,7 @@ def problems(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def write(path: Path, result: dict[str, Any]) -> None:
+def write(path: Path, result: dict[str, Any], schema: Path = SCHEMA) -> None:
     """Check and write; the file appears whole or not at all.
 
     Raises:
@@ -55,18 +55,20 @@ def write(path: Path, result: dict[str, Any]) -> None:
     """
     if path.exists():
         raise LoadError(f"{path}: exists; a result is written once")
-    jsonschema.validate(result, json.loads(SCHEMA.read_text(encoding="utf-8")))
+    jsonschema.validate(result, json.loads(schema.read_text(encoding="utf-8")))
     try:
         write_result(path, result)
     except OSError as error:
         raise LoadError(f"{path}: {error.strerror}") from error
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Read a result of this schema version.
+def read(
+    path: Path, kind: str = KIND, schema: Path = SCHEMA, command: str = "bench run"
+) -> dict[str, Any]:
+    """Read a result of a kind and of this schema version.
 
     Raises:
-        LoadError: no such file, not a load result, or another schema version.
+        LoadError: no such file, not a result of `command`, or another schema version.
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -74,15 +76,15 @@ def read(path: Path) -> dict[str, Any]:
         raise LoadError(f"{path}: {error.strerror}") from error
     except ValueError as error:
         raise LoadError(f"{path}: not JSON: {error}") from error
-    if not isinstance(result, dict) or result.get("kind") != KIND:
-        raise LoadError(f"{path}: not a result of `bench run`")
+    if not isinstance(result, dict) or result.get("kind") != kind:
+        raise LoadError(f"{path}: not a result of `{command}`")
     if result.get("schema_version") != SCHEMA_VERSION:
         raise LoadError(
             f"{path}: schema version {result.get('schema_version')}; "
             f"this program has {SCHEMA_VERSION}"
         )
     try:
-        jsonschema.validate(result, json.loads(SCHEMA.read_text(encoding="utf-8")))
+        jsonschema.validate(result, json.loads(schema.read_text(encoding="utf-8")))
     except jsonschema.ValidationError as error:
         place = "/".join(str(part) for part in error.absolute_path)
         raise LoadError(f"{path}: {place}: {error.message[:200]}") from error

@@ -26,14 +26,16 @@ async def send(
     data: bytes,
     start_s: float,
     first: asyncio.Event | None = None,
+    stream: Stream | None = None,
 ) -> Trace:
     """Post a streaming request and read it to its end. A failure is in the trace, not raised.
 
     Args:
         start_s: `time.perf_counter()` that is zero in the trace.
         first: set when the first token is there, or none will come.
+        stream: reads the events; default: one that keeps no text.
     """
-    stream = Stream()
+    stream = stream or Stream()
     sent_s = time.perf_counter() - start_s
     error: str | None = None
     try:

@@ -71,7 +71,10 @@ class Engine:
         """prefill_steps, step_s: steps before the first byte; uncounted: as vLLM's are.
         events, gap_s, size: what is streamed; parts: exact pieces before it (latin-1).
         end: crash, hang, cut or stop, after the events. status: answer with it instead.
+        drafts, accepted: added to the counters of speculation.
         """
+        self.drafts += job.get("drafts", 0)
+        self.accepted += job.get("accepted", 0)
         if "status" in job:
             await answer(
                 send, job["status"], json.dumps({"error": {"message": "told to"}}).encode()
@@ -123,9 +126,13 @@ class Engine:
             "vllm:prompt_tokens_total": self.iterations * 100,
             "vllm:generation_tokens_total": self.iterations,
             "vllm:spec_decode_num_drafts_total": self.drafts,
+            "vllm:spec_decode_num_draft_tokens_total": self.drafts,
             "vllm:spec_decode_num_accepted_tokens_total": self.accepted,
         }
         lines = [f"{name}{label} {float(value)}" for name, value in values.items()]
+        position = label.replace("}", ',position="0"}')
+        accepted = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+        lines.append(f"{accepted}{position} {float(self.accepted)}")
         return "\n".join(["# HELP vllm:num_requests_running Number.", *lines, ""]).encode()
 
 

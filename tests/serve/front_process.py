@@ -138,6 +138,8 @@ def answers(front: Front) -> bool:
 
 def main() -> int:
     from serve import front
+    from serve.keys import Access, read_keys
+    from serve.profiles import load_profile
     from serve.supervisor import Limits
 
     path = Path(sys.argv[1])
@@ -146,10 +148,23 @@ def main() -> int:
     limits = Limits(**given.pop("limits"))
     watch = {"report_dir": path.parent / "reports", "model": "fake"}
     watch = front.WatchConfig(**(watch | given.pop("watch", {})))
+    if "keys" in given:
+        given["keys"] = read_keys(Path(given["keys"]))
+    if "load_record" in given:
+        given["load_record"] = Path(given["load_record"])
+    for name in ("status_access", "metrics_access"):
+        if name in given:
+            given[name] = Access(given[name])
+    profile = dataclasses.replace(load_profile("cpu-tiny"), **given.pop("profile", {}))
     if "admission" in given:
         given["admission"] = front.AdmissionLimits(**given["admission"])
     config = front.FrontConfig(
-        host="127.0.0.1", socket_path=path.with_name("s"), limits=limits, watch=watch, **given
+        host="127.0.0.1",
+        socket_path=path.with_name("s"),
+        profile=profile,
+        limits=limits,
+        watch=watch,
+        **given,
     )
     sock = front.listen(config.host, config.port)
     environment = dict(os.environ) | {"PYTHONFAULTHANDLER": "1"}

@@ -6,14 +6,22 @@ import socket
 import pytest
 
 from serve.admission import Admission, AdmissionLimits
+from serve.keys import Key
 from serve.relay import Flight
 from tests.serve.front_process import running_front, wait_until
 
 LIMITS = AdmissionLimits(2, max_num_queued_reqs=1, max_num_queued_tokens=100, max_body_bytes=4000)
 
 
-def flight(num_bytes=40, first_byte_s=0.0, work=True, started_s=0.0):
-    return Flight("/v1/x", work, None, started_s, first_byte_s, num_bytes_in=num_bytes)
+def flight(num_bytes=40, first_byte_s=0.0, work=True, started_s=0.0, key=None):
+    return Flight(
+        "/v1/x",
+        work,
+        key=key,
+        started_s=started_s,
+        first_byte_s=first_byte_s,
+        num_bytes_in=num_bytes,
+    )
 
 
 def test_requests_beyond_streams_and_queue_are_429():
@@ -35,6 +43,18 @@ def test_prompts_that_wait_are_bounded_by_tokens_but_one_is_always_taken():
     assert refusal.status == 429
     assert "about 101 prompt tokens would wait; at most 100" in refusal.message
     assert admission.refusal(364, {flight(40, first_byte_s=1.0)}) is None  # decodes
+
+
+def test_a_key_has_no_more_in_work_than_its_limit():
+    admission = Admission(AdmissionLimits(8))
+    key, other = Key("a", 2), Key("b", 2)
+    flights = {flight(key=key), flight(key=key), flight(key=other)}
+    refusal = admission.refusal(40, flights, key)
+    assert refusal.status == 429
+    assert "2 requests of key a are in work; at most 2" in refusal.message
+    assert admission.refusal(40, flights, other) is None
+    assert admission.refusal(40, flights, Key("c")) is None
+    assert admission.refusal(40, {flight(key=key), flight(key=key, work=False)}, key) is None
 
 
 def test_retry_after_follows_the_measured_rates():

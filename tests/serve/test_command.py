@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from serve.allreduce_tier import Tier
 from serve.command import vllm_command
 from serve.environment import CAPTURE_DIR, engine_environment
 from serve.errors import ConfigError
@@ -81,6 +82,18 @@ def test_only_a_gpu_profile_has_the_gpu_s_flags_and_only_a_cpu_profile_the_cpu_s
     assert "--disable-custom-all-reduce" in command(gpu)
     assert "--disable-custom-all-reduce" not in command()
     assert "VLLM_CPU_KVCACHE_SPACE" not in engine_environment(gpu, {})
+
+
+@pytest.mark.parametrize("tier", [*Tier, None])
+def test_each_all_reduce_has_its_worker_and_vllm_s_own_is_on_for_none_but_itself(tier):
+    given = vllm_command(load_profile("524k"), Path("/m"), "127.0.0.1", 8000, 1, tier=tier)
+    assert ("--disable-custom-all-reduce" in given) == (tier is not Tier.VLLM_CUSTOM)
+    ours = tier in (Tier.PEER_PUSH, Tier.HOST_PINNED)
+    assert ("--worker-cls" in given) == ours
+    if ours:
+        module, _, name = value(given, "--worker-cls").rpartition(".")
+        source = Path(__file__).parents[2].joinpath(*module.split(".")).with_suffix(".py")
+        assert f"class {name}(" in source.read_text()
 
 
 def test_the_engine_is_offline_and_sends_no_usage_statistics():

@@ -10,7 +10,9 @@ import pytest
 
 import serve.__main__ as cli
 from kernels.folder_lock import FolderLock
-from serve import engine
+from serve import allreduce_tier, engine
+from serve.allreduce_tier import FILE_NAME, Key, Known, save
+from serve.environment import cache_path
 from serve.errors import EngineError
 from serve.shapes import flash_config
 
@@ -79,11 +81,45 @@ def test_the_gateway_runs_the_checked_command(started, checkpoint, monkeypatch):
     monkeypatch.setattr(cli, "run_front", lambda *given: calls.append(given) or 7)
     options = ["run", "--profile", "cpu-tiny", "--model", str(checkpoint), "--stall-timeout", "9"]
     assert cli.main(options) == 7
-    [(settings, command, env, uds, _)] = calls
+    [(settings, _, _, command, env, uds, _)] = calls
     assert settings["stall_timeout"] == 9.0
     assert command[command.index("--uds") + 1] == str(uds)
     assert env["PYTHONFAULTHANDLER"] == "1"
     assert started == []
+
+
+def test_two_cards_reduce_as_the_probe_proved_and_without_a_proof_by_shared_memory(
+    started, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    key = Key("boot", "580.126.09", ("0000:01:00.0", "0000:21:00.0"))
+    monkeypatch.setattr(allreduce_tier, "this_key", lambda: key)
+    options = ["run", "--profile", "524k", "--dry-run"]
+    assert cli.main(options) == 0
+    printed = capsys.readouterr()
+    assert "DSV4_ALLREDUCE_TIER=nccl-shm" in printed.out
+    assert "NCCL_P2P_DISABLE=1" in printed.out
+    assert "--worker-cls" not in printed.out
+    assert "only nccl-shm is used; see `python -m serve doctor`" in printed.err
+    assert cli.main([*options, "--allreduce", "host-pinned"]) == 5
+    assert "host-pinned is asked for and not proven" in capsys.readouterr().err
+    arms = {"host-pinned": "healthy", "peer-push": "hang", "peer-pull": "hang"}
+    result = {
+        "key": {"boot_id": key.boot_id, "driver": key.driver, "bus_ids": list(key.bus_ids)},
+        "arms": [{"arm": arm, "verdict": said, "reason": ""} for arm, said in arms.items()],
+    }
+    save(cache_path(FILE_NAME), Known(key, result))
+    assert cli.main(options) == 0
+    printed = capsys.readouterr()
+    assert "DSV4_ALLREDUCE_TIER=host-pinned" in printed.out
+    assert "--worker-cls kernels.nvidia.worker.Worker" in printed.out
+    assert "all-reduce: host-pinned: not peer-push, " in printed.err
+    assert cli.main([*options, "--allreduce", "nccl-shm"]) == 0
+    assert "DSV4_ALLREDUCE_TIER=nccl-shm" in capsys.readouterr().out
+    assert cli.main([*options, "--tensor-parallel-size", "1"]) == 0
+    assert "DSV4_ALLREDUCE_TIER" not in capsys.readouterr().out
+    assert cli.main([*options, "--allreduce", "x"]) == 2
+    assert "--allreduce = 'x'; must be one of auto, peer-push" in capsys.readouterr().err
 
 
 def test_a_capture_is_bare_unless_the_gateway_is_asked_for(started, tmp_path, capsys):
@@ -157,6 +193,9 @@ def test_a_model_that_the_ranks_cannot_share_is_exit_status_3(
     started, tmp_path, monkeypatch, capsys
 ):
     """vLLM would round the groups of the output projection down, and answer nonsense."""
+    probed = []
+    choice = allreduce_tier.choose(None)
+    monkeypatch.setattr(cli, "choose_all_reduce", lambda _, probe: probed.append(probe) or choice)
     monkeypatch.setattr(cli, "check_checkpoint", lambda *_: None)
     monkeypatch.setattr(cli, "check_engine", lambda: None)
     config = flash_config() | {"o_groups": 7}
@@ -166,8 +205,11 @@ def test_a_model_that_the_ranks_cannot_share_is_exit_status_3(
     assert "tensor_parallel_size = 2 does not divide o_groups = 7" in capsys.readouterr().err
     assert started == []
     (tmp_path / "config.json").write_text(json.dumps(flash_config()))
+    assert probed == []  # a probe takes minutes
     cli.main(arguments)
-    assert len(started) == 1
+    [(_, _, env)] = started
+    assert env.items() >= choice.environment.items()
+    assert probed == [True]
 
 
 def test_an_unpatched_engine_is_exit_status_4(started, checkpoint, monkeypatch, capsys):

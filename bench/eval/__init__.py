@@ -1,0 +1,1 @@
+"""Accuracy: scored tasks, greedy parity, paired comparison. `python -m bench eval`."""

@@ -1,0 +1,142 @@
+"""uvicorn's HTTP/1.1 protocol with what it lacks: a bound on a request's head, in bytes and time.
+
+It also gives the application the connection, as `scope["state"]["connection"]`: to write a part of
+an answer where it comes, without a task's turn, to end an answer that broke off, and to drop a
+client that takes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from serve.http_errors import Refusal
+
+
+class Protocol(HttpToolsProtocol):
+    """One connection. The bounds are set by `bounded`."""
+
+    max_head_bytes = 65536
+    head_s = 60.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._in_head = True
+        self._refused = False
+        self._num_head_bytes = self._num_raw_bytes = 0  # parsed of a head; received while in it
+        self._timer: asyncio.TimerHandle | None = None
+
+    # For the application.
+
+    def write_chunk(self, body: bytes) -> bool:
+        """Write bytes of an answer that has no length; whether the client keeps up with them."""
+        if not self.transport.is_closing():
+            self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+        return not self.flow.write_paused
+
+    def close(self) -> None:
+        """Close when what was written has gone."""
+        self.transport.close()
+
+    def abort(self) -> None:
+        """Close now."""
+        self.transport.abort()
+
+    # Of asyncio and httptools.
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._start_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        super().data_received(data)
+        if self._in_head and not self._refused:  # a header without an end is never parsed
+            self._num_raw_bytes += len(data)
+            if self._num_raw_bytes > self.max_head_bytes:
+                self._refuse_head()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["state"]["connection"] = self
+        self._in_head, self._num_head_bytes, self._num_raw_bytes = True, 0, 0
+        self._start_timer()
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._count(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:  # httptools reports trailers here, too
+            super().on_header(name, value)
+            self._count(len(name) + len(value) + 4)
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._stop_timer()
+        if not self._refused:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if not self._refused:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not self._refused:
+            super().on_message_complete()
+
+    @property
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _count(self, num_bytes: int) -> None:
+        self._num_head_bytes += num_bytes
+        if not self._refused and self._num_head_bytes > self.max_head_bytes:
+            self._refuse_head()
+
+    def _refuse_head(self) -> None:
+        self._refuse(Refusal(431, f"the request's head has more than {self.max_head_bytes} bytes"))
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """Answer before the application has seen the request, and close."""
+        self._refused = True
+        self._stop_timer()
+        if self._answering:  # an earlier request of this connection: its answer must not be mixed
+            self.transport.abort()
+            return
+        body = refusal.body("")
+        headers = [*refusal.headers(body), (b"connection", b"close")]
+        lines = [STATUS_LINE[refusal.status], *(b"%b: %b\r\n" % header for header in headers)]
+        self.transport.write(b"".join([*lines, b"\r\n", body]))
+        self.transport.close()
+
+    def _start_timer(self) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(self.head_s, self._on_timer)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _on_timer(self) -> None:
+        if self._answering:  # the head of a pipelined request waits for its turn
+            self._start_timer()
+        elif self._num_raw_bytes:
+            self._refuse(Refusal(408, f"the request's head took more than {self.head_s:g} s"))
+        else:
+            self.transport.close()
+
+
+def bounded(max_head_bytes: int, head_s: float) -> type[Protocol]:
+    """The protocol with these bounds: of a head's bytes, and of the time until it has come."""
+    return type(
+        "BoundedProtocol", (Protocol,), {"max_head_bytes": max_head_bytes, "head_s": head_s}
+    )

@@ -1,0 +1,184 @@
+"""Parity on the real CPU engine with the tiny model, and engines that must break it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from safetensors.torch import load_file, save_file
+
+from bench.eval import parity
+from bench.eval import run as run_module
+from bench.eval.config import EvalConfig, TaskName
+from bench.load.errors import Unbelievable
+from bench.server import free_port, running_server
+from serve.command import vllm_command
+from serve.profiles import load_profile
+from tests.engine.engine import CHECKPOINT
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+PROMPTS = parity.default_prompts(200)
+FEW = 40
+TOKENS = 12
+# The control's passes have as many rows as those of the first run have with MTP: one token each,
+# and one draft.
+STREAMS = (2, 4)
+TIMEOUT_S = 240.0
+TRUSTING = """
+def register():
+    from vllm.v1.sample import rejection_sampler
+
+    verified = rejection_sampler.rejection_sample
+
+    def trusting(drafts, num_drafts, most, ends, probabilities, logits, *rest, **named):
+        best = float("inf")
+        logits = logits.scatter(1, drafts.long()[:, None], best)
+        return verified(drafts, num_drafts, most, ends, probabilities, logits, *rest, **named)
+
+    rejection_sampler.rejection_sample = trusting
+"""
+# The token whose row of the output matrix is turned round: a frequent one would be no test.
+FLIPPED_SHARE = 0.004
+
+
+@contextlib.contextmanager
+def serving(
+    folder: Path, model: Path = CHECKPOINT, speculation: dict | None = None
+) -> Iterator[str]:
+    """vLLM's own server of the tiny profile; `speculation` is its speculative config."""
+    profile = load_profile("cpu-tiny")
+    port = free_port()
+    command = vllm_command(profile, model, "127.0.0.1", port, 0)
+    if speculation:
+        config = {"method": "mtp", "num_speculative_tokens": 1, **speculation}
+        command += ["--speculative-config", json.dumps(config)]
+    environment = {
+        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        folder.mkdir(parents=True, exist_ok=True)
+        with running_server(command, url, folder / "server.log", TIMEOUT_S):
+            yield url
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("parity")
+
+
+@pytest.fixture(scope="module")
+def without(folder) -> tuple[parity.Control, dict]:
+    """The control, and retrieval at the model's own context, in one life of the server."""
+    with serving(folder / "plain") as url:
+        control = asyncio.run(parity.ask_control(url, PROMPTS, TOKENS, STREAMS, 120.0))
+        config = EvalConfig(
+            url=url, tasks=(TaskName.LONG,), contexts=(2048, 4096), depths=(0.2, 0.8),
+            streams=4, max_tokens=32,
+        )  # fmt: skip
+        with contextlib.suppress(Unbelievable):
+            run_module.run(config, folder / "long.json")
+    return control, json.loads((folder / "long.json").read_text())
+
+
+def speculative(folder: Path, count: int, **engine) -> parity.Speculative:
+    with serving(folder, **engine) as url:
+        return asyncio.run(parity.ask_speculative(url, PROMPTS[:count], TOKENS, STREAMS[0], 120.0))
+
+
+def few(control: parity.Control) -> parity.Control:
+    return replace(control, base=control.base[:FEW], again=control.again[:FEW])
+
+
+def test_the_text_is_the_same_with_and_without_mtp(without, folder):
+    control, _ = without
+    found = parity.judge(
+        PROMPTS, control, speculative(folder / "mtp", len(PROMPTS), speculation={"method": "mtp"})
+    )
+    assert found["n"] == 200
+    assert not found["problems"], found
+    assert found["num_accepted_tokens"] > 0.4 * found["num_drafts"]
+    assert found["mtp"]["share_identical"] > 0.9, found
+    assert found["noise"] < 1.0, found
+
+
+def test_a_head_that_is_trusted_without_verification_breaks_parity(without, folder, monkeypatch):
+    """A plugin of the engine takes every draft, right or wrong."""
+    plugin = folder / "plugin"
+    about = plugin / "trusting-0.dist-info"
+    about.mkdir(parents=True)
+    (plugin / "trusting.py").write_text(TRUSTING)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: trusting\nVersion: 0\n")
+    (about / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\ntrusting = trusting:register\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(plugin))
+    run = speculative(folder / "trusted", FEW, speculation={"method": "mtp"})
+    found = parity.judge(PROMPTS[:FEW], few(without[0]), run)
+    assert run.num_accepted_tokens == run.num_drafts
+    assert "part where the best token is clear" in found["problems"][0], found
+    with pytest.raises(Unbelievable, match="no parity"):
+        parity.check(found)
+
+
+def test_a_flipped_row_of_the_output_matrix_breaks_parity(without, folder):
+    control, _ = without
+    broken = flipped(folder / "checkpoint", control)
+    run = speculative(folder / "flipped", FEW, model=broken, speculation={"method": "mtp"})
+    found = parity.judge(PROMPTS[:FEW], few(control), run)
+    assert "part where the best token is clear" in found["problems"][0], found
+
+
+def flipped(target: Path, control: parity.Control) -> Path:
+    """The checkpoint with one token's logits of the opposite sign: a token that is seldom asked."""
+    ids = [token for run in control.base[:FEW] for token in run.token_ids]
+    seldom = [t for t in dict.fromkeys(ids) if ids.count(t) <= max(1, FLIPPED_SHARE * len(ids))]
+    target.mkdir()
+    for path in CHECKPOINT.iterdir():
+        if path.suffix != ".safetensors":
+            shutil.copyfile(path, target / path.name)
+            continue
+        tensors = load_file(path)
+        if "head.weight" not in tensors:
+            os.link(path, target / path.name)
+            continue
+        tensors["head.weight"][seldom[0]] *= -1
+        save_file(tensors, target / path.name, metadata={"format": "pt"})
+    return target
+
+
+def test_a_head_that_drafts_nothing_shows_nothing(without):
+    control, _ = without
+    inert = parity.Speculative(control.facts, ids_of(control), 0, 0)
+    assert parity.judge(PROMPTS, control, inert)["problems"] == [
+        "the server with MTP drafted nothing: this says nothing about MTP"
+    ]
+
+
+def ids_of(control: parity.Control) -> tuple[tuple[int, ...], ...]:
+    return tuple(run.token_ids for run in control.base)
+
+
+def test_retrieval_at_the_models_own_context(without):
+    """The tiny model need not be right; the prompts have the lengths that are promised."""
+    _, found = without
+    (entry,) = found["tasks"]
+    assert entry["n"] == entry["num_planned"] == 8
+    assert entry["verdicts"]["failed"] == 0
+    assert {g["group"] for g in entry["groups"]} == {
+        "2048 retrieval", "2048 multi-hop", "4096 retrieval", "4096 multi-hop",
+    }  # fmt: skip
