@@ -27,6 +27,7 @@ import uvloop
 
 from serve.front import listen
 from serve.gateway import Gateway
+from serve.protocol import bounded
 from serve.relay import Message, Receive, Relay, Send
 from serve.stages import Stage
 from serve.supervisor import Supervisor
@@ -59,7 +60,11 @@ async def run_gateway(port: int, uds: Path) -> None:
     relay = Relay(uds, 60, supervisor.lost)
     await relay.start()
     config = uvicorn.Config(
-        Gateway(supervisor, relay), log_config=None, access_log=False, lifespan="off"
+        Gateway(supervisor, relay, stamped),  # of our own paths none is asked for
+        http=bounded(65536, 60),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
     )
     await uvicorn.Server(config).serve(sockets=[listen("127.0.0.1", port)])
 

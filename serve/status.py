@@ -1,4 +1,4 @@
-"""`/status.json`: everything about the service in one document. `status.schema.json` describes it.
+"""`/status.json`: everything about the service in one document.
 
 None is not known, or not there; nothing is guessed. No prompt, output, key or header is in it.
 """

@@ -1,7 +1,7 @@
 """One HTTP/1.1 request to the engine's unix socket, and its answer as it comes.
 
 The parser is httptools', which uvicorn uses at the other end. A general client does more for each
-chunk than a relay needs: see docs/serve.md for what that costs.
+chunk than a relay needs.
 """
 
 from __future__ import annotations

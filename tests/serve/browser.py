@@ -69,7 +69,10 @@ class Page:
         return result["result"].get("value")
 
     def open(self, url: str) -> None:
+        """Go there; returns when the new document, and not the last one, is there whole."""
         self.call("Page.navigate", url=url)
+        there = f"location.href === {json.dumps(url)} && document.readyState === 'complete'"
+        self.wait_until(there)
 
     def look(self, width: int, height: int, dark: bool = False) -> None:
         """Take a size and a colour scheme."""
