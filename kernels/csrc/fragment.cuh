@@ -65,9 +65,10 @@ DSV4_HD int exchange_index_of(int half, int row, int column) {
 #if defined(__CUDACC__)
 // ---- loads ----
 
-// 16 bytes that are read once: past L1.
+// 16 bytes that are read once: past L1. Not `.nc`, which ptxas moves freely: it gathered all loads
+// of an item behind its last mma, with little on its way until then.
 __device__ __forceinline__ void load_once(uint4& v, const void* p) {
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(p));
 }

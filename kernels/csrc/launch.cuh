@@ -67,7 +67,7 @@ cudaError_t launch(dim3 grid, int threads, size_t shared_bytes, bool dependent, 
   return error != cudaSuccess ? error : cudaGetLastError();
 }
 
-inline int divide_up(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ inline int divide_up(int a, int b) { return (a + b - 1) / b; }
 
 // Hands out 256-byte aligned pieces of a workspace; with base nullptr it only adds up.
 struct Pieces {

@@ -8,8 +8,10 @@
 //
 // An entry is a (token, slot). The first entry that names an expert stands for it, with all tokens
 // that chose it as columns (column = token); the others leave. So each expert is read once and
-// nothing is sorted. Down starts while gate + up still runs and loads its first weights before it
-// waits for the activations. Its splits meet in write_split.
+// nothing is sorted. Where blocks of gate + up have to wait for others to end, `decode_up_in_turn`
+// takes its place, with as many blocks as run at once, each with expert after expert: 1.5 waves of
+// blocks take as long as 2. Down starts while gate + up still runs and loads its first weights before
+// it waits for the activations. Its splits meet in write_split.
 #include "moe.cuh"
 
 namespace dsv4 {
@@ -179,6 +181,151 @@ __global__ void __launch_bounds__(kThreads, 2) decode_up(const __grid_constant__
   stream<1>(work, shared);
 }
 
+// The experts that a step names, in order of the entries that stand for them.
+struct Chosen {
+  int expert[kMaxEntries];
+  int entry[kMaxEntries][kDecodeTokens];  // where token t first names it, kNowhere: nowhere
+  int outers[kWarps];  // of this block, for want of a register; each warp writes its own
+};
+constexpr int kNowhere = kMaxEntries;
+
+// A warp's view of all entries, in words of 32: lane l of word w holds entry 32 w + l. Each warp
+// makes its own, so that none waits for another before it loads weights.
+struct Votes {
+  static constexpr int kWords = kMaxEntries / 32;
+  int id[kWords];             // -1: none, or out of range
+  int first[kWords];          // the entry that stands for this one's expert
+  unsigned standing[kWords];  // bits of the entries that stand
+  int count;                  // of them
+
+  // Experts before the one that `entry` stands for.
+  __device__ __forceinline__ int rank(int entry) const {
+    int rank = 0;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      const int below = entry - 32 * w;
+      rank += __popc(below >= 32 ? standing[w] : below <= 0 ? 0 : standing[w] & ((1u << below) - 1));
+    }
+    return rank;
+  }
+  // The expert of a rank below `count`.
+  __device__ __forceinline__ int expert(int wanted) const {
+    const int lane = threadIdx.x % 32;
+    int expert = -1;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      const bool is_it = (standing[w] >> lane & 1) && rank(32 * w + lane) == wanted;
+      const unsigned found = __ballot_sync(~0u, is_it);
+      if (found != 0) expert = __shfl_sync(~0u, id[w], __ffs(found) - 1);
+    }
+    return expert;
+  }
+};
+
+__device__ __forceinline__ Votes vote(const Moe& moe) {
+  const int lane = threadIdx.x % 32, entries = moe.num_tokens * moe.top_k;
+  Votes votes;
+#pragma unroll
+  for (int w = 0; w < Votes::kWords; ++w) {
+    const int id = 32 * w + lane < entries ? __ldcg(moe.topk_ids + 32 * w + lane) : -1;
+    votes.id[w] = (unsigned)id < (unsigned)moe.num_experts ? id : -1;
+  }
+  votes.count = 0;
+#pragma unroll
+  for (int w = 0; w < Votes::kWords; ++w) {
+    votes.first[w] = kNowhere;
+    votes.standing[w] = 0;
+    if (32 * w >= entries) continue;
+    votes.first[w] = 32 * w + __ffs(__match_any_sync(~0u, votes.id[w])) - 1;
+#pragma unroll
+    for (int v = w - 1; v >= 0; --v)
+#pragma unroll 1
+      for (int l = 31; l >= 0; --l)
+        if (__shfl_sync(~0u, votes.id[v], l) == votes.id[w]) votes.first[w] = 32 * v + l;
+    votes.standing[w] = __ballot_sync(~0u, votes.id[w] >= 0 && votes.first[w] == 32 * w + lane);
+    votes.count += __popc(votes.standing[w]);
+  }
+  return votes;
+}
+
+// Done by one warp; the others see it after a barrier.
+__device__ __forceinline__ void write_chosen(Chosen& chosen, const Votes& votes, const Moe& moe) {
+  const int lane = threadIdx.x % 32;
+  for (int i = lane; i < votes.count * kDecodeTokens; i += 32) (&chosen.entry[0][0])[i] = kNowhere;
+  __syncwarp();
+#pragma unroll
+  for (int w = 0; w < Votes::kWords; ++w) {
+    if (votes.id[w] < 0) continue;
+    const int entry = 32 * w + lane, rank = votes.rank(votes.first[w]);
+    if (votes.first[w] == entry) chosen.expert[rank] = votes.id[w];
+    atomicMin(&chosen.entry[rank][entry / moe.top_k], entry);
+  }
+}
+
+// blockIdx.y, not kept in a register either.
+__device__ __forceinline__ int row_again() {
+  int row;
+  asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(row));
+  return row;
+}
+
+// Ranks blockIdx.y, blockIdx.y + gridDim.y, ...
+struct UpInTurnWork {
+  static constexpr bool kRouted = false, kFlush = true;
+  static constexpr int first_group = 0;
+  const Decode& args;
+  const Chosen& chosen;
+  int first_expert;  // known before `chosen` is
+  const int& outers;
+  Tiled tiled;
+  int groups;
+
+  __device__ __forceinline__ int rank(int outer) const { return row_again() + outer * gridDim.y; }
+  __device__ __forceinline__ int expert(int outer) const {
+    return outer == 0 ? first_expert : chosen.expert[rank(outer)];
+  }
+  __device__ __forceinline__ int block(int) const { return blockIdx.x; }
+  __device__ __forceinline__ bool has_token(int outer, int token) const {
+    return chosen.entry[rank(outer)][token] != kNowhere;
+  }
+  __device__ __forceinline__ void ready() const { __syncthreads(); }  // the zeros and `chosen`
+  __device__ __forceinline__ void stage(uint32_t slice, const Cursor& c) const {
+    const int lane = thread_again() % 32;
+    stage_rows<1>(slice, args.moe.hidden, args.moe.hidden_size,
+                  lane < kDecodeTokens && has_token(c.outer, lane) ? lane : -1, c.group);
+  }
+  __device__ __forceinline__ void finish(int outer, const float (&total)[1][kRowTiles][4],
+                                         const Exchange<1>& exchange) {
+    write_act<1>(args.act, args.moe, blockIdx.x, total, exchange, [&](int token) {
+      const int entry = chosen.entry[rank(outer)][token];
+      return entry == kNowhere ? -1 : entry;
+    });
+  }
+};
+
+__global__ void __launch_bounds__(kThreads, 2)
+    decode_up_in_turn(const __grid_constant__ Decode args) {
+  extern __shared__ __align__(16) uint8_t dynamic[];
+  Shared<1>& shared = *(Shared<1>*)dynamic;
+  __shared__ Chosen chosen;
+  const Moe& moe = args.moe;
+  clear_zeros(shared);
+
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  if (blockIdx.x == 0 && blockIdx.y == 0)
+    for (int i = threadIdx.x; i < moe.w2.blocks; i += kThreads) args.down.counter[i] = 0;
+  const Votes votes = vote(moe);
+  const int outers = divide_up(votes.count - (int)blockIdx.y, (int)gridDim.y);
+  if (outers <= 0) return;
+  if (threadIdx.x / 32 == kWarps - 1) write_chosen(chosen, votes, moe);
+  if (threadIdx.x % 32 == 0) chosen.outers[threadIdx.x / 32] = outers;
+  __syncwarp();
+  UpInTurnWork work = {args,    chosen, votes.expert(blockIdx.y), chosen.outers[threadIdx.x / 32],
+                       moe.w13, moe.w13.groups};
+  stream<1>(work, shared);
+}
+
 struct DownWork {
   static constexpr bool kRouted = true, kFlush = false;
   const Decode& args;
@@ -262,8 +409,15 @@ cudaError_t run_decode(const Moe& moe, void* workspace, cudaStream_t stream) {
   if (args.split_entries > kMaxSplitEntries) args.split_entries = kMaxSplitEntries;
   args.down.splits = divide_up(entries, args.split_entries);
 
-  error = launch<decode_up>(dim3(moe.w13.blocks, entries), kThreads, sizeof(Shared<1>), true,
-                            stream, args);
+  // Of three waves and more the last one matters less than that the device deals blocks to whoever
+  // is free.
+  const int rows = max(1, 2 * device.multiprocessors / moe.w13.blocks);  // at once
+  if (entries <= rows || entries >= 3 * rows)
+    error = launch<decode_up>(dim3(moe.w13.blocks, entries), kThreads, sizeof(Shared<1>), true,
+                              stream, args);
+  else
+    error = launch<decode_up_in_turn>(dim3(moe.w13.blocks, rows), kThreads, sizeof(Shared<1>), true,
+                                      stream, args);
   if (error != cudaSuccess) return error;
   return launch<decode_down>(dim3(moe.w2.blocks, args.down.splits), kThreads, sizeof(Shared<1>),
                              true, stream, args);

@@ -158,7 +158,7 @@ __device__ __forceinline__ void stream(Work& work, Shared<kTiles>& shared) {
     if (c.outer + 1 < work.outers)
       start_outer(c, c.outer + 1);
     else
-      c.outer = work.outers;
+      ++c.outer;
   };
   auto tile_of = [&](const Cursor& c) {
     return tiled.weight + ((int64_t)c.index * kSteps + work.block(c.outer)) * kTileBytes + lane * 16;
@@ -223,6 +223,8 @@ __device__ __forceinline__ void stream(Work& work, Shared<kTiles>& shared) {
         if constexpr (decltype(has_next)::value) {
           load_once(slot[s + half], tile);
           tile += stride;
+          // Keeps the loads where they are written. Not where totals end per outer: it would spill.
+          if constexpr (!Work::kFlush) __syncwarp();
         }
       }
     }
@@ -276,10 +278,9 @@ __device__ __forceinline__ void stream(Work& work, Shared<kTiles>& shared) {
       finish_outer();  // the warps without items too: it has barriers
     }
   } else {
-    // One loop, not two: from two, ptxas 13.0.88 makes code for sm_90 in which `advance` reads the
-    // next expert at outers + 1, not at next.outer + 1: it loads `outers` into the register of
-    // next.outer and uses that once more. On an H100 decode_down then read weights from anywhere. In
-    // this form the code keeps a copy, for sm_80, sm_90 and sm_120a; read SASS again after a change.
+    // One loop, not two: from two, ptxas 13.0.88 made code for sm_90 in which `advance` loaded
+    // `outers` into the register of next.outer and used that once more: on an H100 decode_down read
+    // weights from anywhere. `++c.outer` leaves it nothing to load; read SASS again after a change.
     while (has_items && outer < work.outers)
       if (take_item()) ++outer;
     work.finish(0, total, Exchange<kTiles>{shared, work.groups, work.outers});
