@@ -32,14 +32,14 @@ class Completion:
 
 @dataclass(frozen=True)
 class Choices:
-    """One greedy answer, and the two best tokens of each position as (token id, log p)."""
+    """One greedy answer, and two or more best tokens of each position as (token id, log p)."""
 
     token_ids: tuple[int, ...]
-    best: tuple[tuple[tuple[int, float], tuple[int, float]], ...]
+    best: tuple[tuple[tuple[int, float], ...], ...]
 
     def gap(self, position: int) -> float:
         """Log p of the best token less that of the second."""
-        (_, first), (_, second) = self.best[position]
+        (_, first), (_, second), *_ = self.best[position]
         return first - second
 
 
@@ -86,15 +86,15 @@ class Client:
             raise RequestError(f"chat completion: {type(error).__name__}: {error}") from error
         return stream.completion(sent_s)
 
-    async def choices(self, model: str, prompt: str, max_tokens: int) -> Choices:
-        """Ask as `chat` does, for the two best tokens of each position; not to be timed.
+    async def choices(self, model: str, prompt: str, max_tokens: int, num_best: int = 2) -> Choices:
+        """Ask as `chat` does, for the best tokens of each position; not to be timed.
 
         Raises:
             RequestError: HTTP status other than 200, or no two log-probabilities for a token.
         """
         body = _greedy(model, prompt, max_tokens) | {
             "logprobs": True,
-            "top_logprobs": 2,
+            "top_logprobs": num_best,
             "return_tokens_as_token_ids": True,
         }
         url = f"{self._base_url}/v1/chat/completions"
@@ -106,7 +106,7 @@ class Client:
         if response.status != 200:
             raise RequestError(f"log-probabilities: HTTP {response.status}: {text.strip()[:500]}")
         try:
-            return _read_choices(json.loads(text)["choices"][0]["logprobs"]["content"])
+            return _read_choices(json.loads(text)["choices"][0]["logprobs"]["content"], num_best)
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise RequestError(f"log-probabilities: not in the answer: {text[:500]}") from error
 
@@ -131,14 +131,14 @@ def _greedy(model: str, prompt: str, max_tokens: int) -> dict[str, Any]:
     }
 
 
-def _read_choices(content: list[dict[str, Any]]) -> Choices:
+def _read_choices(content: list[dict[str, Any]], num_best: int) -> Choices:
     """vLLM spells a token `token_id:123`. The chosen token may come first in a tie."""
     ids, best = [], []
     for entry in content:
         ids.append(_token_id(entry))
-        two = [(_token_id(top), float(top["logprob"])) for top in entry["top_logprobs"]]
-        first, second = sorted(two, key=lambda pair: -pair[1])[:2]
-        best.append((first, second))
+        tops = [(_token_id(top), float(top["logprob"])) for top in entry["top_logprobs"]]
+        first, second, *more = sorted(tops, key=lambda pair: -pair[1])[:num_best]
+        best.append((first, second, *more))
     return Choices(tuple(ids), tuple(best))
 
 

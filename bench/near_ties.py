@@ -41,16 +41,21 @@ async def study_gaps(
 
 
 def gap_noise(alone: Sequence[Choices], together: Sequence[Choices]) -> float:
-    """Largest change of the gap over all positions with the same context in both runs.
+    """Largest change of the gap over all positions with the same context in both runs."""
+    return max(gap_movements(alone, together), default=0.0)
+
+
+def gap_movements(alone: Sequence[Choices], together: Sequence[Choices]) -> list[float]:
+    """Change of the gap, in nats, at each position with the same context in both runs.
 
     Up to the first token that differs, and at that token, both have the same context.
     """
-    moved = [0.0]
+    moved = []
     for a, b in zip(alone, together, strict=True):
         same = first_difference(a.token_ids, b.token_ids)
         end = min(len(a.token_ids), len(b.token_ids)) if same is None else same + 1
         moved += [abs(a.gap(i) - b.gap(i)) for i in range(end)]
-    return max(moved)
+    return moved
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:

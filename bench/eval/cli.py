@@ -15,7 +15,7 @@ from bench.eval import run as run_module
 from bench.eval.config import QUICK_ITEMS, EvalConfig, Reasoning, TaskName
 from bench.eval.parity_run import ParityConfig
 from bench.load.cli import API_KEY_VARIABLE, RESULTS
-from bench.load.errors import INTERRUPTED, NO_SERVER, LoadError, Regression
+from bench.load.errors import INTERRUPTED, NO_SERVER, LoadError, Regression, Unbelievable
 from bench.load.run import session
 from bench.load.server import Server, ServerFacts
 from bench.load.sizes import parse_size, parse_sizes
@@ -122,6 +122,11 @@ def _run(arguments: argparse.Namespace) -> int:
         raise LoadError(str(error)) from error
     if arguments.quick and config.limit is None:
         config = replace(config, limit=QUICK_ITEMS)
+    if arguments.resume and arguments.result:
+        raise LoadError("--result: a resumed run writes its result beside its journal")
+    own_only = [name for name in ("resume", "base") if getattr(arguments, name)]
+    if arguments.engine == "lm-eval" and own_only:
+        raise LoadError(f"--{own_only[0]}: lm-evaluation-harness writes results of its own")
     base = result.read(arguments.base) if arguments.base else None
     output = arguments.result or run_module.default_output(config, RESULTS)
     api_key = os.environ.get(API_KEY_VARIABLE)
@@ -163,6 +168,8 @@ def _compared(base: dict, head: dict, as_json: bool) -> int:
         print(compare.render(pairs))
         for note in compare.notes(base, head):
             print(f"note: {note}")
+    if void := [pair.task for pair in pairs if not pair.valid]:
+        raise Unbelievable(f"not valid: {', '.join(void)}: see the results' problems")
     lost = [pair for pair in pairs if pair.is_loss]
     if lost:
         named = ", ".join(f"{p.task} by {100 * (p.base - p.head):.1f} points" for p in lost)

@@ -2,7 +2,8 @@
 
 The rules, in the order they are tried: an explicit mark (`\\boxed{}`, `####`, "the answer is"), the
 last one that carries an answer; then bold; then what the kind of answer allows as a last resort.
-Where a text hedges ("12 or 14") there is no answer. `how` says which rule found it.
+Where the part that a rule looks at hedges ("12 or 14"), marked or not, there is no answer. `how`
+says which rule found it.
 """
 
 from __future__ import annotations
@@ -222,15 +223,24 @@ def _number_in(clause: str) -> str | None:
         return None
     found = list(_NUMBER.finditer(pieces[-1]))
     for one, next_one in zip(found, found[1:], strict=False):
-        between = pieces[-1][one.end() : next_one.start()]
-        if re.search(r"\bor\b", between) and _value(one) != _value(next_one):
-            raise _HedgeError
+        _refuse_hedge(pieces[-1], one, next_one)
     return _value(found[0])
 
 
+def _refuse_hedge(text: str, one: re.Match[str], next_one: re.Match[str]) -> None:
+    between = text[one.end() : next_one.start()]
+    if re.search(r"\bor\b", between) and _value(one) != _value(next_one):
+        raise _HedgeError
+
+
 def _last_resort_number(text: str) -> Extraction:
+    """The last number, unless its clause offers it beside another."""
     found = list(_NUMBER.finditer(text))
-    return Extraction(_value(found[-1]), "last number") if found else NOTHING
+    if not found:
+        return NOTHING
+    if len(found) > 1 and not _CLAUSE_END.search(text[found[-2].end() : found[-1].start()]):
+        _refuse_hedge(text, found[-2], found[-1])
+    return Extraction(_value(found[-1]), "last number")
 
 
 # ---- letters ----

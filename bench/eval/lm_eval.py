@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
-from bench.eval.config import EvalConfig, TaskName
+from bench.eval.config import EvalConfig, Reasoning, TaskName
 from bench.load.errors import LoadError, Unbelievable
 from bench.load.progress import say
 from bench.load.server import ServerFacts
@@ -22,6 +24,8 @@ TASKS = {
 }
 # It runs HumanEval's programs without a sandbox.
 DEFAULT_TASKS = (TaskName.GSM8K, TaskName.GSM8K_8SHOT, TaskName.MMLU)
+# It fetches its own data.
+NOT_ITS = ("contexts", "gsm8k", "mmlu", "humaneval", "sandbox_image")
 
 
 def command(
@@ -30,8 +34,12 @@ def command(
     """Its arguments for what `config` asks.
 
     Raises:
-        LoadError: a task that it does not have, or one that it would run without a sandbox.
+        LoadError: a task or setting that it does not have, or one that it would run without a
+            sandbox.
     """
+    for name in NOT_ITS:
+        if getattr(config, name):
+            raise LoadError(f"{name}: is not for lm-evaluation-harness, which has data of its own")
     names = config.tasks or DEFAULT_TASKS
     for name in names:
         if name not in TASKS:
@@ -47,13 +55,16 @@ def command(
         "max_retries=3",
         f"timeout={config.timeout_s:.0f}",
     ]
-    generation = (
-        f"temperature={config.temperature},max_gen_toks={config.answer_tokens(facts.window)}"
-    )
+    generation: dict[str, Any] = {
+        "temperature": config.temperature,
+        "max_gen_toks": config.answer_tokens(facts.window),
+    }
+    if config.reasoning is not Reasoning.AUTO:
+        generation["chat_template_kwargs"] = {"thinking": config.reasoning is Reasoning.ON}
     return [
         program, "--model", "local-chat-completions", "--model_args", ",".join(arguments),
         "--tasks", ",".join(TASKS[name] for name in names), "--apply_chat_template",
-        "--gen_kwargs", generation, "--seed", str(config.seed), "--log_samples",
+        "--gen_kwargs", json.dumps(generation), "--seed", str(config.seed), "--log_samples",
         "--output_path", str(output.with_suffix("")),
         *(["--limit", str(config.limit)] if config.limit else []),
     ]  # fmt: skip

@@ -25,7 +25,7 @@ NUMBER = r"\b\d{7}\b"
 DISTRACTORS = 7
 HOPS = 3
 # Words that the novels do not have.
-FIRST = ("cobalt", "amber", "violet", "saffron", "crimson", "indigo", "teal", "ochre", "magenta",
+FIRST = ("cobalt", "mauve", "violet", "cyan", "maroon", "indigo", "teal", "ochre", "magenta",
          "umber", "sepia", "turquoise")  # fmt: skip
 SECOND = ("falcon", "otter", "lynx", "heron", "badger", "walrus", "gecko", "bison", "ibis",
           "marmot", "puffin", "tapir")  # fmt: skip
@@ -72,9 +72,13 @@ def make_puzzle(kind: Kind, depth: float, rng: random.Random) -> Puzzle:
 
 
 def render(puzzle: Puzzle, text: str) -> str:
-    """The whole message: the text with the sentences at their places, then the question."""
+    """The whole message: the text with the sentences at their places, then the question.
+
+    Depth 0 is behind the text's first line, its nonce.
+    """
     placed = sorted(puzzle.sentences)
-    cuts = [_word_end(text, round(share * len(text))) for share, _ in placed]
+    start = text.find("\n") + 1
+    cuts = [_word_end(text, start + round(share * (len(text) - start))) for share, _ in placed]
     parts, last = [], 0
     for cut, (_, sentence) in zip(cuts, placed, strict=True):
         parts += [text[last:cut], f" {sentence} "]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import provenance
-from bench.eval import parity, result
+from bench.eval import parity, parity_judge, result
 from bench.eval.markdown import percent
 from bench.eval.parity import Control, Speculative
 from bench.load import html, origin
@@ -27,8 +27,10 @@ from bench.load.telemetry import Telemetry
 from bench.measurement import Prompt, read_prompts
 from bench.server import free_port
 
-HEAD = ["against no MTP", "identical", "share", "part at a near-tie", "part beyond it",
+HEAD = ["against no MTP", "identical", "share", "part at a near-tie", "part at a clear token",
         "first part at token"]  # fmt: skip
+TESTS_HEAD = ["more often with MTP?", "control", "MTP", "only MTP / only control",
+              "p (one-sided)", "sees from"]  # fmt: skip
 Launch = Callable[[Arm], AbstractContextManager[None]]
 
 
@@ -104,7 +106,7 @@ def run(
     output.with_suffix(".html").write_text(page(found), encoding="utf-8")
     print(text)
     say(f"{output} written, and .md and .html beside it")
-    parity.check(found)
+    parity_judge.check(found)
     return found
 
 
@@ -122,7 +124,7 @@ def assemble(
         "config": record,
         "servers": [control.facts.to_json(), speculative.facts.to_json()],
         "provenance": where,
-        **parity.judge(prompts, control, speculative),
+        **parity_judge.judge(prompts, control, speculative),
     }
 
 
@@ -143,21 +145,42 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
     ]  # fmt: skip
 
 
+def tests(found: dict[str, Any]) -> list[list[str]]:
+    """The two tests that decide."""
+    return [
+        [
+            name, str(test["control"]), str(test["mtp"]),
+            f"{test['mtp_only']} / {test['control_only']}", f"{test['p']:.3g}",
+            "-" if test["detectable"] is None else f"{100 * test['detectable']:.1f} points",
+        ]
+        for name, test in (
+            ("texts part", found["parted"]),
+            ("texts part at a clear token", found["clear"]),
+        )
+    ]  # fmt: skip
+
+
 def note(found: dict[str, Any]) -> str:
     """What the figures mean."""
-    tokens, drafts = found["config"]["max_tokens"], found["num_drafts"] or 0
+    tokens, drafts, noise = found["config"]["max_tokens"], found["num_drafts"] or 0, found["noise"]
     return (
-        f"Greedy answers of {tokens} tokens. Near-tie: the gap of the two best tokens is within "
-        f"{found['noise']:.4f} nats, the most that it moved between the control's two runs. "
+        f"Greedy answers of {tokens} tokens. Tested is whether MTP does more to the texts than "
+        "the control, over the same prompts, by McNemar's exact test, one-sided; no parity at "
+        f"p <= {found['alpha']}. An excess of the last column's share is found with 80 % "
+        "probability, a smaller one less often. Near-tie: the two tokens are within "
+        f"{noise['limit']:.4f} nats at the first run; any other token is clear. "
+        f"{noise['quantile']:.0%} of the {noise['num_positions']:,} gaps between the two best "
+        "tokens moved no more between the control's two runs (half of them no more than "
+        f"{noise['median']:.4f}, one by {noise['largest']:.4f}). "
         f"{drafts:,} drafts, {found['num_accepted_tokens'] or 0:,} tokens accepted."
     )
 
 
 def verdict(found: dict[str, Any]) -> str:
-    """One sentence."""
+    """One sentence, which claims no more than the tests do."""
     if found["problems"]:
         return "No parity: " + "; ".join(found["problems"])
-    return "Parity: with MTP the text changes only where it changes without."
+    return "Parity: no more texts change with MTP than without it, as far as so many can show."
 
 
 def title(found: dict[str, Any]) -> str:
@@ -168,7 +191,8 @@ def title(found: dict[str, Any]) -> str:
 
 def render(found: dict[str, Any]) -> str:
     """The result as Markdown."""
-    parts = [f"## {title(found)}", table(HEAD, rows(found)), f"**{verdict(found)}**", note(found)]
+    parts = [f"## {title(found)}", table(HEAD, rows(found)), table(TESTS_HEAD, tests(found))]
+    parts += [f"**{verdict(found)}**", note(found)]
     parts += [provenance_line(found), f"`{found['provenance']['command']}`"]
     return "\n\n".join(parts) + "\n"
 
@@ -176,7 +200,7 @@ def render(found: dict[str, Any]) -> str:
 def page(found: dict[str, Any]) -> str:
     """The result as HTML, with where texts part and how clear the best token was."""
     parts = [f'<p class="warning">{escape(verdict(found))}</p>'] if found["problems"] else []
-    parts.append(html.table(HEAD, rows(found)))
+    parts += [html.table(HEAD, rows(found)), html.table(TESTS_HEAD, tests(found))]
     parts += [f"<p>{escape(text)}</p>" for text in (verdict(found), note(found))]
     series = [
         Series(
@@ -186,7 +210,7 @@ def page(found: dict[str, Any]) -> str:
         )
         for key, name in (("control", "control"), ("mtp", "MTP"))
     ]
-    caption = "Where texts part: gap of the two best tokens"
+    caption = "Where texts part: gap of the two tokens"
     if drawing := chart(caption, "token", "gap, nats", series):
         parts.append(f"<figure><figcaption>{caption}</figcaption>{drawing}</figure>")
     parts.append(f"<p>{escape(provenance_line(found))}</p>")

@@ -6,7 +6,8 @@ ask the server -> data and sandbox -> items -> ask, judge, journal -> summarize 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,7 @@ def run(
     journal = None
     if resume is not None:
         journal = ItemJournal.load(resume)
-        recorded = config_module.from_json(journal.header["config"], config)
-        config = replace(recorded, url=config.url if config.url != EvalConfig.url else recorded.url)
+        config = _resumed_config(journal, config)
         output = resume.with_name(resume.name.removesuffix(".items.jsonl") + ".json")
     files = Files(output)
     if output.exists():
@@ -155,11 +155,47 @@ async def _make(
     return Task(name, tuple(limited), len(items), made, longcontext.score)
 
 
+def _resumed_config(journal: ItemJournal, given: EvalConfig) -> EvalConfig:
+    """The journal's settings; the server may have moved, and the user's files are named again.
+
+    Raises:
+        LoadError: no journal of this command, or another setting was given.
+    """
+    try:
+        recorded = config_module.from_json(journal.header["config"], given)
+    except (KeyError, TypeError, ValueError) as error:
+        raise LoadError(f"{journal.path}: not a journal of `{result.COMMAND}`: {error}") from error
+    for field in fields(EvalConfig):
+        began, now = getattr(recorded, field.name), getattr(given, field.name)
+        if field.name != "url" and now not in (field.default, began):
+            raise LoadError(
+                f"{journal.path}: was begun with {field.name} = {_shown(began)}, not "
+                f"{_shown(now)}; a resumed run keeps its settings"
+            )
+    return recorded if given.url == EvalConfig.url else replace(recorded, url=given.url)
+
+
 def _check_same(resumed: ItemJournal, header: dict[str, Any]) -> None:
     """Refuse to go on where the server or the items are not those of the journal."""
-    for key, what in (("server", "server"), ("items_sha256", "items")):
-        if resumed.header[key] != header[key]:
-            raise LoadError(
-                f"{resumed.path}: was begun with other {what}: {resumed.header[key]}; "
-                f"now it is {header[key]}"
-            )
+    for key, began, now in (
+        *_differing("server", _answering(resumed.header["server"]), _answering(header["server"])),
+        *_differing("items of", resumed.header["items_sha256"], header["items_sha256"]),
+    ):
+        raise LoadError(f"{resumed.path}: was begun with {key} {began}; now it is {now}")
+
+
+def _answering(server: dict[str, Any]) -> dict[str, Any]:
+    """What of a server changes its answers: of the cache its format, not its size."""
+    return server | {"cache": (server["cache"] or {}).get("cache_dtype")}
+
+
+def _differing(
+    what: str, began: dict[str, Any], now: dict[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    for name in began | now:
+        if began.get(name) != now.get(name):
+            yield f"{what} {name}", began.get(name), now.get(name)
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -45,6 +45,12 @@ def mcnemar(lost: int, gained: int) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
+def mcnemar_loss(lost: int, gained: int) -> float:
+    """One-sided p of McNemar's exact test: so many lost, or more, where both are as likely."""
+    n = lost + gained
+    return sum(math.comb(n, i) for i in range(gained + 1)) / 2**n
+
+
 def power(n: int, loss: float, churn: float = DEFAULT_CHURN, alpha: float = ALPHA) -> float:
     """Probability that McNemar's exact test finds a loss.
 

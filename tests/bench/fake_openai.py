@@ -53,13 +53,13 @@ class FakeEngine:
             yield tokens[at : at + step]
             at += step
 
-    def logprobs(self, tokens: list[int], together: bool) -> list[dict]:
-        """Two best tokens of each position: the answer's, then the next letter's."""
+    def logprobs(self, tokens: list[int], together: bool, num_best: int) -> list[dict]:
+        """Best tokens of each position: the answer's, then the next letters', a gap apart."""
         content = []
         for position, token in enumerate(tokens):
             gap = self.gaps.get(position, 5.0) + (self.moved_together if together else 0.0)
-            pair = [(token, -0.1), ((token + 1) % 26, -0.1 - gap)]
-            top = [{"token": f"token_id:{t}", "logprob": p} for t, p in pair]
+            best = [((token + i) % 26, -0.1 - i * gap) for i in range(num_best)]
+            top = [{"token": f"token_id:{t}", "logprob": p} for t, p in best]
             content.append({**top[0], "top_logprobs": top})
         return content
 
@@ -118,14 +118,16 @@ def _app(engine: FakeEngine) -> web.Application:
         together = engine.in_flight > 1
         await asyncio.sleep(0.02)
         engine.in_flight -= 1
-        content = engine.logprobs(tokens, together) if body.get("logprobs") else None
+        content = None
+        if body.get("logprobs"):
+            content = engine.logprobs(tokens, together, body["top_logprobs"])
         message = {"content": "".join(chr(97 + t) for t in tokens)}
         usage = {"prompt_tokens": 3, "completion_tokens": len(tokens)}
         choice = {"message": message, "logprobs": content and {"content": content}}
         return {"choices": [choice], "usage": usage}
 
     async def models(_: web.Request) -> web.Response:
-        return web.json_response({"data": [{"id": "fake"}]})
+        return web.json_response({"data": [{"id": "fake", "max_model_len": 4096}]})
 
     async def metrics(_: web.Request) -> web.Response:
         return web.Response(text=engine.metrics_page())

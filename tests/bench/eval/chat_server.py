@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -26,10 +27,15 @@ class Reply:
 
 @dataclass
 class ChatServer:
-    """Replies by a piece of the last message. die_at: it is gone from this request on."""
+    """Replies by a piece of the last message. die_at: it is gone from this request on.
+
+    key: that it asks for. cache: labels of its cache, on its page of metrics.
+    """
 
     replies: dict[str, Reply]
     window: int = WINDOW
+    key: str | None = None
+    cache: dict[str, str] = field(default_factory=dict)
     die_at: int | None = None
     bodies: list[dict] = field(default_factory=list)
     dead: bool = False
@@ -44,13 +50,18 @@ def _words(text: str) -> int:
     return 4 + len(text.split())
 
 
+async def _hang_up(request: web.Request) -> None:
+    request.transport.abort()
+    await asyncio.sleep(0)  # in which the loop closes the socket
+    raise web.HTTPInternalServerError
+
+
 async def _answer(server: ChatServer, request: web.Request) -> web.StreamResponse:
     body = await request.json()
     server.bodies.append(body)
     if server.die_at is not None and len(server.bodies) > server.die_at:
         server.dead = True
-        request.transport.abort()
-        raise web.HTTPInternalServerError
+        await _hang_up(request)
     reply = server.reply(body)
     if reply.status != 200:
         return web.json_response({"error": {"message": "no"}}, status=reply.status)
@@ -85,7 +96,9 @@ def serving(server: ChatServer) -> AbstractContextManager[str]:
     @web.middleware
     async def guard(request: web.Request, handler):
         if server.dead:
-            request.transport.abort()
+            await _hang_up(request)
+        if server.key and request.headers.get("Authorization") != f"Bearer {server.key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
         return await handler(request)
 
     async def chat(request: web.Request) -> web.StreamResponse:
@@ -98,8 +111,13 @@ def serving(server: ChatServer) -> AbstractContextManager[str]:
         body = await request.json()
         return web.json_response({"count": _words(body["messages"][0]["content"]), "tokens": []})
 
+    async def metrics(_: web.Request) -> web.Response:
+        labels = ",".join(f'{name}="{value}"' for name, value in server.cache.items())
+        return web.Response(text=f"vllm:cache_config_info{{{labels}}} 1.0\n")
+
     app = web.Application(client_max_size=64 << 20, middlewares=[guard])
     app.router.add_post("/v1/chat/completions", chat)
     app.router.add_post("/tokenize", tokenize)
     app.router.add_get("/v1/models", models)
+    app.router.add_get("/metrics", metrics)
     return serve(app, shutdown_timeout=1)

@@ -104,13 +104,14 @@ def test_resuming_gives_what_one_run_gives(output):
     cut = output.with_name("cut.json")
     server = script(*others)
     server.die_at = 9
+    config = replace(CONFIG, streams=1)
     with serving(server) as url, pytest.raises(ServerUnusable, match="the server went away"):
-        run_module.run(replace(CONFIG, url=url, streams=1), cut)
+        run_module.run(replace(config, url=url), cut)
     assert not cut.exists()
     journal = cut.with_suffix(".items.jsonl")
     assert len(journal.read_text().splitlines()) == 1 + 9
     again = script(*others)
-    assert scored(again, cut, resume=journal) == whole
+    assert scored(again, cut, config, resume=journal) == whole
     assert len(again.bodies) == 24 - 9
 
 
@@ -128,7 +129,7 @@ def test_another_server_does_not_go_on(output):
     output.unlink()
     other = script()
     other.window = 8192
-    with pytest.raises(LoadError, match="was begun with other server"):
+    with pytest.raises(LoadError, match="was begun with server window 4096; now it is 8192"):
         scored(other, output, resume=output.with_suffix(".items.jsonl"))
     assert not other.bodies
 

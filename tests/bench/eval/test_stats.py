@@ -1,12 +1,17 @@
-"""Statistics against exact sums over fractions, and power against simulated tables."""
+"""Statistics against exact sums and scipy's figures, and power against simulated tables."""
 
+import json
 from fractions import Fraction
 from math import comb, sqrt
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bench.eval import stats
+
+# 200 random tables and 200 random scores, with what scipy says of them.
+SCIPY = json.loads(Path(__file__).with_name("scipy_tables.json").read_text())
 
 
 def exact_p(lost: int, gained: int) -> Fraction:
@@ -22,8 +27,27 @@ def test_mcnemar_is_the_exact_sum_on_all_small_tables():
             assert stats.mcnemar(lost, gained) == pytest.approx(float(exact_p(lost, gained)))
 
 
+def test_the_one_sided_test_is_the_exact_sum_of_one_tail():
+    for lost in range(30):
+        for gained in range(30):
+            n = lost + gained
+            tail = Fraction(sum(comb(n, k) for k in range(lost, n + 1)), 2**n)
+            assert stats.mcnemar_loss(lost, gained) == pytest.approx(float(tail))
+
+
 def test_mcnemar_of_a_large_table():
     assert stats.mcnemar(700, 600) == pytest.approx(float(exact_p(700, 600)), rel=1e-12)
+
+
+def test_mcnemar_is_scipys_binomial_test_on_random_tables():
+    for lost, gained, p in SCIPY["mcnemar"]:
+        assert stats.mcnemar(lost, gained) == pytest.approx(p, rel=1e-9), (lost, gained)
+
+
+def test_wilson_is_scipys_interval_of_random_scores():
+    for correct, n, low, high in SCIPY["wilson"]:
+        # At the ends scipy's has the last bits of a difference.
+        assert stats.wilson(correct, n) == pytest.approx((low, high), rel=1e-9, abs=1e-15)
 
 
 @pytest.mark.parametrize(
