@@ -16,7 +16,7 @@ PROFILE ?= cpu-tiny
 PORT ?= 8000
 
 .PHONY: help setup demo kernels kernels-report test test-gpu test-docker bench-kernels lint \
-	patches-check patches-mutation serve bench bench-compare eval image up down logs tiny-train clean
+	patches-check patches-mutation serve bench bench-compare report eval image up down logs tiny-train clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -45,8 +45,9 @@ kernels-report: kernels ## what each kernel uses: registers, shared memory, load
 test: $(STAMP) ## every test that needs no GPU
 	@$(PY) -m pytest -q -m "not gpu and not docker"
 
-test-docker: $(STAMP) ## build the image with an engine of its own, start it, break it; needs root
-	@$(PY) -m pytest -q -m docker
+# TESTS=tests/docker/test_image.py leaves out the fleet.
+test-docker: $(STAMP) ## build the images with an engine of their own, start them, break them; needs root
+	@$(PY) -m pytest -q -m docker $(TESTS)
 
 # On a GPU host vLLM's CUDA wheel is installed otherwise: GPU_PYTHON=python3.
 GPU_STAMP := $(if $(filter $(PY),$(GPU_PYTHON)),$(STAMP))
@@ -56,11 +57,12 @@ test-gpu: $(GPU_STAMP) kernels ## the tests that need a CUDA device
 bench-kernels: $(GPU_STAMP) kernels ## time our kernels beside Marlin on this GPU
 	@$(GPU_PYTHON) -m bench.kernels
 
-lint: $(STAMP) ## ruff, formatting, patch headers, Dockerfile, compose
+lint: $(STAMP) ## ruff, formatting, patch headers, README's tables, Dockerfile, compose
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) patches/patchq.py lint
 	@$(PY) docker/settings.py --check
+	@$(PY) -m bench report --check README.md
 	@$(VENV)/bin/hadolint --config docker/hadolint.yaml Dockerfile
 	@$(VENV)/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 	@$(VENV)/bin/docker-compose --env-file .env.example --profile "*" config --quiet
@@ -76,25 +78,37 @@ serve: $(STAMP) ## serve PROFILE (cpu-tiny) on PORT (8000)
 	@$(PY) -m serve run --profile $(PROFILE) --port $(PORT)
 
 # CONTEXT= DEPTH= STREAMS= OUTPUT= MODE= REPEATS= URL= as in docs/bench.md; empty is the default.
-# COMPARE_SPECULATIVE=1 starts PROFILE itself, without MTP and then with it. RESUME= goes on.
-# ENGINE=vllm runs vLLM's own bench on the same plan.
+# COMPARE_SPECULATIVE=1 starts PROFILE itself, without MTP and then with it, at each of K=1,2,3.
+# RESUME= goes on. QUICK=1 asks for less, DRY_RUN=1 for nothing. ENGINE=vllm runs vLLM's own bench.
 BENCH_OPTIONS = $(foreach option,context depth streams output mode repeats url api label resume \
 	goodput result engine,$(if $($(call upper,$(option))),--$(option) $($(call upper,$(option)))))
 upper = $(shell echo $(1) | tr a-z A-Z)
 bench: $(STAMP) ## measure a running server: make bench CONTEXT=524k STREAMS=2 [URL=] [MODE=]
-	@$(PY) -m bench run $(BENCH_OPTIONS) \
-		$(if $(COMPARE_SPECULATIVE),--compare-speculative --profile $(PROFILE))
+	@$(PY) -m bench run $(BENCH_OPTIONS) $(if $(QUICK),--quick) $(if $(DRY_RUN),--dry-run) \
+		$(if $(COMPARE_SPECULATIVE),--compare-speculative --profile $(PROFILE)) \
+		$(if $(K),--num-speculative-tokens $(K))
 
 bench-compare: $(STAMP) ## exit 1 where HEAD=b.json is worse than BASE=a.json by MAX_REGRESSION (3%)
 	@$(PY) -m bench compare $(BASE) $(HEAD) --max-regression $(or $(MAX_REGRESSION),3%)
 
+report: $(STAMP) ## build README's tables from results/
+	@$(PY) -m bench report --write README.md
+
 # TASKS= REASONING= LIMIT= STREAMS= URL= CONTEXTS= GSM8K= MMLU= HUMANEVAL= BASE=: see bench eval --help.
-# PARITY=1 starts PROFILE itself, without MTP and then with it. RESUME= goes on.
+# PARITY=1 starts PROFILE itself, without MTP and then with it, or asks OFF_URL= and ON_URL=;
+# NUM_PROMPTS= CONTROL_STREAMS= CHECKPOINT= too. RESUME= goes on.
 EVAL_OPTIONS = $(foreach option,url model tasks reasoning limit streams contexts depths gsm8k mmlu \
 	humaneval label result resume base engine,$(if $($(call upper,$(option))),--$(option) \
 	$($(call upper,$(option))))) $(if $(MAX_TOKENS),--max-tokens $(MAX_TOKENS))
+PARITY_URLS = $(if $(OFF_URL),--off-url $(OFF_URL)) $(if $(ON_URL),--on-url $(ON_URL))
+PARITY_OPTIONS = $(or $(strip $(PARITY_URLS)),--profile $(PROFILE)) \
+	$(foreach option,checkpoint streams label result,$(if $($(call upper,$(option))),--$(option) \
+	$($(call upper,$(option))))) $(if $(MAX_TOKENS),--max-tokens $(MAX_TOKENS)) \
+	$(if $(NUM_PROMPTS),--num-prompts $(NUM_PROMPTS)) \
+	$(if $(CONTROL_STREAMS),--control-streams $(CONTROL_STREAMS)) \
+	$(if $(URL),$(error eval: PARITY=1 compares two servers: OFF_URL= and ON_URL=, or PROFILE=))
 eval: $(STAMP) ## score a running server: make eval [QUICK=1] [URL=] [TASKS=] [BASE=old.json] [PARITY=1]
-	@$(PY) -m bench eval $(if $(PARITY),parity --profile $(PROFILE),run $(EVAL_OPTIONS)) \
+	@$(PY) -m bench eval $(if $(PARITY),parity $(PARITY_OPTIONS),run $(EVAL_OPTIONS)) \
 		$(if $(QUICK),--quick)
 
 TARGET ?= cpu
@@ -103,7 +117,7 @@ image: ## build the image TARGET (cpu; or gpu, router), list its layers and pack
 	@$(PYTHON) docker/image.py $(TARGET) $(if $(LOCK),--lock) $(if $(REPORT),--report $(REPORT))
 
 up: ## start the containers of the profile that fits this machine
-	@$(PYTHON) docker/stack.py up
+	@$(PYTHON) docker/stack.py up $(if $(REPORT),--report $(REPORT))
 
 down: ## stop and remove them; the caches stay
 	@$(PYTHON) docker/stack.py down

@@ -224,6 +224,27 @@ def energy_j(
     return joules
 
 
+def counted_energy_j(
+    readings: Sequence[tuple[float, float]], start_s: float, end_s: float, max_gap_s: float = 3.0
+) -> float | None:
+    """Energy between two times by a counter, interpolated at both ends.
+
+    Args:
+        readings: (time in s, energy so far in J), in order.
+    Returns:
+        None where the readings do not cover the window, or a gap in it is longer than `max_gap_s`.
+    """
+    powers = [
+        (t0, t1, (e1 - e0) / (t1 - t0))
+        for (t0, e0), (t1, e1) in zip(readings, readings[1:], strict=False)
+        if t1 > start_s and t0 < end_s
+    ]
+    covered = powers and readings[0][0] <= start_s < end_s <= readings[-1][0]
+    if not covered or any(t1 - t0 > max_gap_s for t0, t1, _ in powers):
+        return None
+    return sum(power * (min(t1, end_s) - max(t0, start_s)) for t0, t1, power in powers)
+
+
 def per_token(total: float | None, output_tokens: int | None) -> float | None:
     """A total (joules, for example) over the tokens generated."""
     if total is None or not output_tokens:

@@ -10,6 +10,14 @@ from bench import metrics
 from bench.client import Completion
 from bench.measurement import Measurement, Prompt
 
+COLUMNS = (
+    ("decode tok/s", "decode_tok_s", "{:.1f}"),
+    ("TTFT ms", "ttft_ms", "{:.0f}"),
+    ("passes/token", "passes_per_token", "{:.3f}"),
+    ("acceptance rate", "acceptance_rate", "{:.3f}"),
+    ("acceptance length", "acceptance_length", "{:.3f}"),
+)
+
 
 def summarize(measurement: Measurement) -> dict[str, Any]:
     """Return one profile's entry in the result: medians over requests, counters, raw requests."""
@@ -40,18 +48,11 @@ def summarize(measurement: Measurement) -> dict[str, Any]:
 
 def render_table(profiles: list[dict[str, Any]]) -> str:
     """Return the results as a table, one profile a row, `-` where nothing was measured."""
-    columns = (
-        ("decode tok/s", "decode_tok_s", "{:.1f}"),
-        ("TTFT ms", "ttft_ms", "{:.0f}"),
-        ("passes/token", "passes_per_token", "{:.3f}"),
-        ("acceptance rate", "acceptance_rate", "{:.3f}"),
-        ("acceptance length", "acceptance_length", "{:.3f}"),
-    )
     width = max(len("profile"), *(len(profile["name"]) for profile in profiles))
-    lines = ["  ".join(["profile".ljust(width), *(title for title, _, _ in columns)])]
+    lines = ["  ".join(["profile".ljust(width), *(title for title, _, _ in COLUMNS)])]
     for profile in profiles:
         cells = [profile["name"].ljust(width)]
-        for title, key, form in columns:
+        for title, key, form in COLUMNS:
             value = profile[key]
             cells.append(("-" if value is None else form.format(value)).rjust(len(title)))
         lines.append("  ".join(cells))

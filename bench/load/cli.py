@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from bench.server import ServerError
 # The only environment variable that is read: a key in the arguments would be seen by everybody.
 API_KEY_VARIABLE = "VLLM_API_KEY"
 RESULTS = Path("results")
+# Of --quick, where nothing else is asked for: some two minutes, and no intervals.
+QUICK = {"repeats": 2, "output": 64, "max_warm_up_rounds": 2, "most_depth": 8192}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     0: done. 1: measured and not to be believed, or a regression. 2: bad input. 3: no server.
     130: interrupted.
     """
-    arguments = parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    arguments = parser(QUICK if "--quick" in given else {}).parse_args(given)
     try:
         return arguments.call(arguments)
     except LoadError as error:
@@ -42,11 +46,13 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+def parser(defaults: Mapping[str, int] | None = None) -> argparse.ArgumentParser:
+    """The parser of all commands; `defaults` of `run` in place of its own."""
     top = argparse.ArgumentParser(prog="python -m bench", description="Measure a served model.")
     commands = top.add_subparsers(dest="command", required=True)
-    _add_run(commands.add_parser("run", help="measure a running server"))
+    run_command = commands.add_parser("run", help="measure a running server")
+    _add_run(run_command)
+    run_command.set_defaults(**(defaults or {}))
     _add_compare(commands.add_parser("compare", help="exit 1 where a result regressed"))
     _add_report(commands.add_parser("report", help="tables from the files in results/"))
     _add_interference(
@@ -81,9 +87,12 @@ def _add_run(command: argparse.ArgumentParser) -> None:
     add("--timeout-s", type=float, default=default.timeout_s, help="longest wait for bytes")
     add("--seed", type=int, default=default.seed, help="which text is asked")
     add("--tokenizer", type=Path, metavar="PATH", help="for servers without /tokenize")
+    add("--quick", action="store_true", help="fewer, shorter and shallower requests: a first look")
+    add("--dry-run", action="store_true", help="check everything, print the plan, send nothing")
     add("--label", help="a name for tables")
     add("--result", type=Path, metavar="JSON", help="default: a new file in results/")
-    add("--resume", type=Path, metavar="JSONL", help="go on with a run that was cut short")
+    add("--resume", type=Path, metavar="FILE",
+        help="go on with what a run that was cut short left")  # fmt: skip
     add("--engine", choices=("own", "vllm"), default="own",
         help="vllm: vLLM's Rust bench on the same plan, as a cross-check")  # fmt: skip
     add("--vllm-rs", type=Path, metavar="FILE", help="instead of the installed vLLM's")
@@ -91,9 +100,10 @@ def _add_run(command: argparse.ArgumentParser) -> None:
         help="start --profile without MTP, then with it, and measure both")  # fmt: skip
     add("--profile", help="of `serve run`, for --compare-speculative")
     add("--checkpoint", type=Path, metavar="DIR", help="instead of the profile's")
-    add("--num-speculative-tokens", type=int, help="instead of the profile's")
+    add("--num-speculative-tokens", type=_counts, default=(), metavar="K[,K]",
+        help="an arm with MTP for each, instead of one with the profile's")  # fmt: skip
     add("--start-timeout-s", type=float, default=3600.0, help="of a server that is started")
-    command.set_defaults(call=_run)
+    command.set_defaults(call=_run, most_depth=default.most_depth)
 
 
 def _add_compare(command: argparse.ArgumentParser) -> None:
@@ -106,7 +116,10 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
 
 def _add_report(command: argparse.ArgumentParser) -> None:
     command.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
-    command.add_argument("--write", type=Path, metavar="FILE", help="between its two marks")
+    where = command.add_mutually_exclusive_group()
+    where.add_argument("--write", type=Path, metavar="FILE", help="between its marks")
+    where.add_argument("--check", type=Path, metavar="FILE",
+                       help="exit 1 unless it has the tables already")  # fmt: skip
     command.set_defaults(call=_report)
 
 
@@ -176,10 +189,16 @@ def _run(arguments: argparse.Namespace) -> int:
         config = LoadConfig(**{f.name: getattr(arguments, f.name) for f in fields(LoadConfig)})
     except ValueError as error:
         raise LoadError(str(error)) from error
+    api_key = os.environ.get(API_KEY_VARIABLE)
+    if arguments.resume is not None and arguments.resume.name.endswith(speculative.SUFFIX):
+        speculative.resume(arguments.resume, api_key)
+        return 0
     if arguments.compare_speculative:
         return _compare_speculative(arguments, config)
+    if arguments.dry_run:
+        print(run_module.rehearse(config, api_key))
+        return 0
     output = arguments.result or run_module.default_output(config, RESULTS)
-    api_key = os.environ.get(API_KEY_VARIABLE)
     if arguments.engine == "vllm":
         vllm_bench.run(config, output, arguments.vllm_rs, api_key)
         return 0
@@ -190,14 +209,22 @@ def _run(arguments: argparse.Namespace) -> int:
 def _compare_speculative(arguments: argparse.Namespace, config: LoadConfig) -> int:
     if arguments.profile is None:
         raise LoadError("--compare-speculative needs --profile: it starts the server itself")
+    if arguments.dry_run:
+        raise LoadError("--compare-speculative has no --dry-run: without a server nothing is known")
     if arguments.resume is not None:
-        raise LoadError("--compare-speculative has no --resume; resume the arm by itself")
+        raise LoadError(f"--resume {arguments.resume}: must be a {speculative.SUFFIX} file here")
+    if arguments.engine != "own":
+        raise LoadError("--compare-speculative has no --engine vllm: its prompts are random tokens")
+    try:
+        plan = speculative.Plan(
+            arguments.profile, arguments.checkpoint, arguments.num_speculative_tokens,
+            arguments.start_timeout_s,
+        )  # fmt: skip
+    except ValueError as error:
+        raise LoadError(str(error)) from error
     config = replace(config, label=arguments.profile)
     output = arguments.result or run_module.default_output(config, RESULTS)
-    speculative.run(
-        config, output, arguments.profile, arguments.checkpoint,
-        arguments.num_speculative_tokens, arguments.start_timeout_s,
-    )  # fmt: skip
+    speculative.run(config, output, plan, os.environ.get(API_KEY_VARIABLE))
     return 0
 
 
@@ -215,11 +242,12 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    text = readme.render(readme.load_results(arguments.results))
-    if arguments.write is None:
-        print(text)
+    if arguments.write is not None:
+        readme.write(arguments.write, arguments.results)
+    elif arguments.check is not None:
+        readme.check(arguments.check, arguments.results)
     else:
-        readme.replace_between_marks(arguments.write, text)
+        print(readme.render(readme.load_results(arguments.results)))
     return 0
 
 
@@ -235,6 +263,11 @@ def _argument(parse):  # noqa: ANN001, ANN202 - argparse shows only ArgumentType
 
 _size = _argument(parse_size)
 _sizes = _argument(parse_sizes)
+
+
+@_argument
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(",") if part)
 
 
 @_argument

@@ -59,13 +59,14 @@ class Cell:
 class LoadConfig:
     """One run. contexts: empty is the server's window. depths: empty is what fits.
 
-    goodput: limits by name of the figure.
+    goodput: limits by name of the figure. most_depth: where `depths` is empty, no deeper than this.
     """
 
     url: str = "http://127.0.0.1:8000"
     model: str | None = None
     contexts: tuple[int, ...] = ()
     depths: tuple[int, ...] = ()
+    most_depth: int | None = None
     streams: tuple[int, ...] = (1,)
     output: int = 256
     mode: Mode = Mode.COLD
@@ -112,7 +113,8 @@ class LoadConfig:
         for context, streams in product(self.contexts or (window,), self.streams):
             if context > window:
                 raise LoadError(f"context {context}: the server's window is {window} tokens")
-            for depth in self.depths or (context - self.output,):
+            fits = context - self.output
+            for depth in self.depths or (min(fits, self.most_depth or fits),):
                 if depth < 1 or depth + self.output > context:
                     raise LoadError(
                         f"depth {depth} + output {self.output} = {depth + self.output} tokens; "

@@ -28,3 +28,9 @@ class Regression(LoadError):
     """A result is worse than another beyond the bound."""
 
     exit_code = MEASURED_BAD
+
+
+class Stale(LoadError):
+    """A page's tables are not those of the results."""
+
+    exit_code = MEASURED_BAD

@@ -19,8 +19,11 @@ table { border-collapse: collapse; font-size: .82rem } .wide { overflow-x: auto 
 th, td { border: 1px solid #ccc; padding: .35rem .6rem; text-align: right; white-space: nowrap }
 th { background: #f2f4f6; white-space: normal } th:first-child, td:first-child { text-align: left }
 .warning { background: #fdecea; border-left: 4px solid #c8553d; padding: .5rem 1rem }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 1rem }
-figure { margin: 0; border: 1px solid #ddd; padding: .5rem } figcaption { font-weight: 600 }
+.charts { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(540px, 100%), 1fr)) }
+svg { min-width: 480px; display: block }
+figure { margin: 0; border: 1px solid #ddd; padding: .5rem; overflow-x: auto }
+figcaption { font-weight: 600 }
 code { background: #f2f4f6; padding: .1rem .3rem; overflow-wrap: anywhere }
 """
 
@@ -52,13 +55,18 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def charts(result: dict[str, Any]) -> str:
     """All charts of a result that have something to show."""
     drawn = [by_repeat(result, "decode_tok_s", "decode, tok/s per stream")]
-    drawn += [by_repeat(result, "ttft_ms", "TTFT, ms"), arrivals(result), pareto(result)]
-    figures = [
+    drawn += [by_repeat(result, "ttft_ms", "TTFT, ms"), arrivals(result)]
+    return figures(drawn + pareto([("measured", result)]))
+
+
+def figures(drawn: Sequence[tuple[str, str]]) -> str:
+    """Captions and drawings side by side; those without a drawing are left out."""
+    shown = [
         f"<figure><figcaption>{escape(caption)}</figcaption>{drawing}</figure>"
         for caption, drawing in drawn
         if drawing
     ]
-    return '<div class="charts">' + "\n".join(figures) + "</div>"
+    return '<div class="charts">' + "\n".join(shown) + "</div>"
 
 
 def by_repeat(result: dict[str, Any], figure: str, label: str) -> tuple[str, str]:
@@ -93,25 +101,45 @@ def arrivals(result: dict[str, Any]) -> tuple[str, str]:
     return title, chart(title, "s since the requests were sent", "received", series)
 
 
-def pareto(result: dict[str, Any]) -> tuple[str, str]:
-    """Aggregate against per-stream speed, a dot for each cell; nothing for a single cell."""
-    if len(result["cells"]) < 2:
-        return "", ""
-    by_depth: dict[int, list[dict[str, Any]]] = {}
-    for cell in result["cells"]:
-        if cell["decode_tok_s"] and cell["output_throughput"]:
-            by_depth.setdefault(cell["depth"], []).append(cell)
+def pareto(named: Sequence[tuple[str, dict[str, Any]]]) -> list[tuple[str, str]]:
+    """Aggregate against per-stream speed, a chart for each depth and a dot for each cell.
+
+    The line joins what no other dot beats in both. A depth with one dot has no chart.
+
+    Args:
+        named: results and their names: one colour each.
+    """
+    by_depth: dict[int, dict[str, list[tuple[float, float, str]]]] = {}
+    for name, one in named:
+        for cell in one["cells"]:
+            if cell["decode_tok_s"] and cell["output_throughput"]:
+                at = (cell["decode_tok_s"]["value"], cell["output_throughput"]["value"])
+                dots = by_depth.setdefault(cell["depth"], {}).setdefault(name, [])
+                streams = cell["max_concurrency"]
+                dots.append((*at, f"{streams} stream{'s' * (streams > 1)}"))
+    return [_pareto_chart(depth, dots) for depth, dots in by_depth.items()]
+
+
+def _pareto_chart(depth: int, dots: dict[str, list[tuple[float, float, str]]]) -> tuple[str, str]:
+    title = f"Aggregate against per-stream speed, depth {depth:,}"
+    points = [(x, y) for one in dots.values() for x, y, _ in one]
+    if len(points) < 2:
+        return title, ""
     series = [
-        Series(
-            f"depth {depth:,}",
-            [(c["decode_tok_s"]["value"], c["output_throughput"]["value"]) for c in cells],
-            line=False,
-            labels=[f"{c['max_concurrency']} streams" for c in cells],
-        )
-        for depth, cells in by_depth.items()
+        Series(name, [dot[:2] for dot in one], line=False, labels=[dot[2] for dot in one])
+        for name, one in dots.items()
     ]
-    title = "Aggregate against per-stream speed"
+    series.append(Series("best", frontier(points)))
     return title, chart(title, "decode, tok/s per stream", "aggregate, tok/s", series)
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those that no other point beats in one figure without losing in the other, by x."""
+    kept: list[tuple[float, float]] = []
+    for point in sorted(points, reverse=True):
+        if not kept or point[1] > kept[-1][1]:
+            kept.append(point)
+    return kept[::-1]
 
 
 def section(result: dict[str, Any]) -> list[str]:

@@ -97,16 +97,17 @@ async def play(runner: Runner, sizes: Sizes, repeat: int, with_long: bool) -> Sc
         prompt = await runner.make(depth, f"interference/{name}/{repeat}")
         bodies.append(stream.encode(request_body(runner.model, prompt, output)))
     session, url = runner.server.session, runner.server.url + "/v1/completions"
-    start_s = time.perf_counter()
-    decoding = asyncio.Event()
-    streaming = asyncio.create_task(stream.send(session, url, bodies[0], start_s, decoding))
-    await decoding.wait()
-    prefilling = None
-    if with_long:
-        prefilling = asyncio.create_task(stream.send(session, url, bodies[2], start_s))
-    await asyncio.sleep(LEAD_S)
-    newcomer = await stream.send(session, url, bodies[1], start_s)
-    return Scene(await streaming, newcomer, await prefilling if prefilling else None)
+    with stream.undisturbed():
+        start_s = time.perf_counter()
+        decoding = asyncio.Event()
+        streaming = asyncio.create_task(stream.send(session, url, bodies[0], start_s, decoding))
+        await decoding.wait()
+        prefilling = None
+        if with_long:
+            prefilling = asyncio.create_task(stream.send(session, url, bodies[2], start_s))
+        await asyncio.sleep(LEAD_S)
+        newcomer = await stream.send(session, url, bodies[1], start_s)
+        return Scene(await streaming, newcomer, await prefilling if prefilling else None)
 
 
 async def measure(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import provenance
+from bench.load import behind
 from bench.load.server import ServerFacts
 from bench.load.telemetry import Telemetry, is_local
 
@@ -28,7 +29,10 @@ def collect(facts: ServerFacts, url: str, telemetry: Telemetry) -> dict[str, Any
         **checkpoint_hashes(Path(facts.root) if facts.root and local else None),
         "device": provenance.cpu_model() if local else None,
         "cores": len(os.sched_getaffinity(0)) if local else None,
+        # Of the last minute, before warm-up: above the cores in use, others had work here.
+        "load_average": round(os.getloadavg()[0], 2) if local else None,
         "gpus": telemetry.devices(),
+        "server": behind.describe(url, REPOSITORY) if local else None,
         "command": provenance.command_line(sys.orig_argv, REPOSITORY),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

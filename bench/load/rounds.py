@@ -17,6 +17,8 @@ from bench.load.telemetry import Telemetry
 from bench.load.trace import Trace
 
 PRIME_OUTPUT = 1
+# Fields of a round that are in JSON as they are.
+PLAIN = ("cell", "repeat", "primed_tokens", "energy_j", "sm_clock_mhz")
 
 # make(tokens, purpose) -> token ids or a chat's text
 MakePrompt = Callable[[int, str], Awaitable[list[int] | str]]
@@ -27,7 +29,7 @@ class Round:
     """What came of one repeat of one cell.
 
     primed_tokens: of each prompt, how many were sent before it was measured. energy_j: of all
-    GPUs, from the first request sent to the last token.
+    GPUs, from the first request sent to the last token. sm_clock_mhz: low, median and high.
     """
 
     cell: int
@@ -38,12 +40,13 @@ class Round:
     wall_s: float
     energy_j: float | None = None
     throttle_reasons: tuple[str, ...] | None = None
+    sm_clock_mhz: dict[str, float] | None = None
 
 
 def to_json(done: Round) -> dict[str, Any]:
     """Plain values."""
     return {
-        **{k: getattr(done, k) for k in ("cell", "repeat", "primed_tokens", "energy_j")},
+        **{k: getattr(done, k) for k in PLAIN},
         "throttle_reasons": done.throttle_reasons and list(done.throttle_reasons),
         "wall_s": round(done.wall_s, 6),
         "counters": asdict(done.counters),
@@ -54,7 +57,7 @@ def to_json(done: Round) -> dict[str, Any]:
 def from_json(record: dict[str, Any]) -> Round:
     """Undo `to_json`."""
     return Round(
-        **{k: record[k] for k in ("cell", "repeat", "primed_tokens", "energy_j", "wall_s")},
+        **{k: record[k] for k in (*PLAIN, "wall_s")},
         throttle_reasons=record["throttle_reasons"] and tuple(record["throttle_reasons"]),
         counters=counters.from_json(record["counters"]),
         traces=tuple(trace.from_json(t) for t in record["requests"]),
@@ -108,7 +111,8 @@ class Runner:
         before = await self.server.counters()
         started = time.monotonic()
         async with self.telemetry.watching() as watch:
-            traces = await self._send(bodies)
+            start_s = time.perf_counter()  # after the first sample, however long NVML took
+            traces = await self._send(bodies, start_s)
         wall_s = time.monotonic() - started
         if not await self.server.is_up():
             failed = next((t.error for t in traces if t.error), "no answer")
@@ -120,24 +124,21 @@ class Runner:
         checked = tuple(self._checked(t, cell) for t in traces)
         return Round(
             number, repeat, checked, moved, primed, wall_s,
-            energy_j=watch.energy_j(checked),
-            throttle_reasons=watch.throttle_reasons(),
+            energy_j=watch.energy_j(checked, start_s),
+            throttle_reasons=watch.throttle_reasons(), sm_clock_mhz=watch.sm_clock_mhz(),
         )  # fmt: skip
 
     def _encoded(self, prompts: list[list[int] | str], output: int) -> list[bytes]:
         return [stream.encode(request_body(self.model, prompt, output)) for prompt in prompts]
 
-    async def _send(self, bodies: list[bytes]) -> list[Trace]:
+    async def _send(self, bodies: list[bytes], start_s: float | None = None) -> list[Trace]:
+        start_s = time.perf_counter() if start_s is None else start_s
         route = "/v1/chat/completions" if self.config.api is Api.CHAT else "/v1/completions"
-        start_s = time.perf_counter()
-        return list(
-            await asyncio.gather(
-                *(
-                    stream.send(self.server.session, self.server.url + route, body, start_s)
-                    for body in bodies
-                )
+        session, url = self.server.session, self.server.url + route
+        with stream.undisturbed():
+            return list(
+                await asyncio.gather(*(stream.send(session, url, body, start_s) for body in bodies))
             )
-        )
 
     def _checked(self, sent: Trace, cell: Cell) -> Trace:
         """A request whose lengths are not those of the plan has failed."""

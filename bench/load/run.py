@@ -23,7 +23,7 @@ from bench.load.journal import Journal
 from bench.load.progress import Progress, say
 from bench.load.prompts import ChatPrompts, TokenPrompts
 from bench.load.rounds import MakePrompt, Runner
-from bench.load.server import Server, ServerFacts
+from bench.load.server import Server, ServerFacts, same_service
 from bench.load.sizes import format_size
 from bench.load.telemetry import Telemetry
 from bench.load.warmup import warm_up
@@ -138,6 +138,31 @@ def local_tokenizer(path: Path) -> tuple[corpus.Tokenize, tuple[int, ...]]:
     return tokenize, tuple(marked[: marked.index(plain[0])])
 
 
+def rehearse(config: LoadConfig, api_key: str | None) -> str:
+    """What a run would send, as a table; everything is checked and no prompt is sent.
+
+    Raises:
+        LoadError: bad input or no server.
+    """
+
+    async def planned() -> list[Cell]:
+        async with session(config.timeout_s, api_key) as opened:
+            server = Server(opened, config.url)
+            facts = await server.facts(config.model)
+            cells = config.cells(facts.window)
+            await make_prompts(server, facts, config, cells)
+            return cells
+
+    head = ["window / context / depth / streams", "repeats", "prompt tokens", "output tokens"]
+    rows = []
+    for cell in asyncio.run(planned()):
+        sent = cell.streams * config.repeats
+        sizes = (cell.window, cell.context, cell.depth, cell.streams)
+        rows.append([" / ".join(f"{size:,}" for size in sizes), str(config.repeats)]
+                    + [f"{sent * cell.depth:,}", f"{sent * config.output:,}"])  # fmt: skip
+    return markdown.table(head, rows) + "\n\nWarm-up and priming come on top. Nothing was sent."
+
+
 async def measure(
     config: LoadConfig, files: Files, api_key: str | None, resumed: Journal | None
 ) -> dict[str, Any]:
@@ -153,7 +178,7 @@ async def measure(
         telemetry = Telemetry.for_url(config.url)
         make = await make_prompts(server, facts, config, cells)
         runner = Runner(server, facts.model, config, make, telemetry)
-        if resumed is not None and resumed.header["server"] != facts.to_json():
+        if resumed is not None and not same_service(resumed.header["server"], facts.to_json()):
             raise LoadError(
                 f"{resumed.path}: was begun on {resumed.header['server']}; "
                 f"this server is {facts.to_json()}"
@@ -177,10 +202,17 @@ async def measure(
 
 
 def run(
-    config: LoadConfig, output: Path, api_key: str | None = None, resume: Path | None = None
+    config: LoadConfig,
+    output: Path,
+    api_key: str | None = None,
+    resume: Path | None = None,
+    go_on: Path | None = None,
 ) -> dict[str, Any]:
     """Measure, write the result with its Markdown and HTML, print the table.
 
+    Args:
+        resume: the journal of a run that was cut short.
+        go_on: what --resume takes after this run is cut short; default: its journal.
     Raises:
         LoadError: see `measure`; the journal stays.
         Unbelievable: the result is written, and has problems.
@@ -201,7 +233,7 @@ def run(
         measured = asyncio.run(measure(config, files, api_key, journal))
     except BaseException as error:
         if files.journal.exists():
-            report_partial(config, files)
+            report_partial(config, files, go_on or files.journal)
         if isinstance(error, asyncio.CancelledError):
             raise KeyboardInterrupt from error
         raise
@@ -227,11 +259,10 @@ def finish(measured: dict[str, Any], files: Files) -> None:
         raise Unbelievable("not to be believed: " + "; ".join(found))
 
 
-def report_partial(config: LoadConfig, files: Files) -> None:
+def report_partial(config: LoadConfig, files: Files, go_on: Path) -> None:
     """Print the rounds that are done; they stay in the journal."""
     journal = Journal.load(files.journal)
     if journal.done:
         cells = config.cells(journal.header["server"]["window"])
         print(markdown.render(result.assemble(config, cells, journal)))
-    say(f"{len(journal.done)} rounds are kept; go on with: "
-        f"python -m bench run --resume {files.journal}")  # fmt: skip
+    say(f"{len(journal.done)} rounds are kept; go on with: python -m bench run --resume {go_on}")

@@ -21,6 +21,8 @@ _CACHE_LABELS = (
     "block_size", "effective_attention_block_size", "cache_dtype", "enable_prefix_caching",
     "kv_cache_size_tokens", "num_gpu_blocks", "gpu_memory_utilization",
 )  # fmt: skip
+# Found out anew at each start, from the memory that is free then.
+_FOUND_AT_START = ("kv_cache_size_tokens", "num_gpu_blocks")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,15 @@ class ServerFacts:
             "cache": self.cache,
             "checkpoint": Path(self.root).name if self.root else None,
         }
+
+
+def same_service(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two `ServerFacts.to_json` are of one service, perhaps of two lives of it."""
+    lasting = [
+        one | {"cache": {k: v for k, v in (one["cache"] or {}).items() if k not in _FOUND_AT_START}}
+        for one in (a, b)
+    ]
+    return lasting[0] == lasting[1]
 
 
 class Server:

@@ -6,8 +6,11 @@ What is measured: bytes are timed when they leave the socket, before they are pa
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import json
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import aiohttp
@@ -18,6 +21,19 @@ from bench.load.trace import Chunk, Kind, Speculation, Trace
 def encode(body: dict[str, Any]) -> bytes:
     """The bytes of a request; made before the clock starts, as half a million ids take a while."""
     return json.dumps(body, separators=(",", ":")).encode()
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """No garbage collection inside: it would run between two chunks and read all traces."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 async def send(
@@ -112,7 +128,7 @@ class Stream:
             self._ended = True
             return
         try:
-            event = json.loads(payload)
+            event = json.loads(payload.decode())  # of bytes it would guess the encoding first
             if "error" in event:
                 failure = event["error"]
                 message = failure.get("message") if isinstance(failure, dict) else failure

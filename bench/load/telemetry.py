@@ -29,19 +29,36 @@ THROTTLE_REASONS = {
 
 
 class Watch:
-    """Samples of one round, on the clock of the round's traces."""
+    """Samples of one round, at times of `time.perf_counter`."""
 
     def __init__(self, num_gpus: int) -> None:
         self.samples: list[tuple[float, float]] = []  # (s, W of all GPUs)
+        self.counted: list[tuple[float, float]] = []  # (s, J of all GPUs so far), where they count
+        self.sm_clocks_mhz: list[int] = []  # every sample of every GPU
         self.reasons = 0
         self._num_gpus = num_gpus
 
-    def energy_j(self, traces: Sequence[Trace]) -> float | None:
-        """Energy from the first request sent to the last token."""
+    def energy_j(self, traces: Sequence[Trace], start_s: float) -> float | None:
+        """Energy from the first request sent to the last token.
+
+        Args:
+            start_s: `time.perf_counter()` that is zero in the traces.
+        """
         ends = [t.last_s for t in traces if t.last_s is not None]
         if not self._num_gpus or not ends:
             return None
-        return metrics.energy_j(self.samples, min(t.sent_s for t in traces), max(ends))
+        begin_s, end_s = start_s + min(t.sent_s for t in traces), start_s + max(ends)
+        # NVML's power is a mean over the last second: of a short round it is that of before.
+        if self.counted:
+            return metrics.counted_energy_j(self.counted, begin_s, end_s)
+        return metrics.energy_j(self.samples, begin_s, end_s)
+
+    def sm_clock_mhz(self) -> dict[str, float] | None:
+        """Lowest, median and highest clock of the multiprocessors; None without GPUs."""
+        if not self.sm_clocks_mhz:
+            return None
+        clocks = self.sm_clocks_mhz
+        return {"low": min(clocks), "median": metrics.median(clocks), "high": max(clocks)}
 
     def throttle_reasons(self) -> tuple[str, ...] | None:
         """Names of the reasons seen on any GPU; None without GPUs."""
@@ -56,6 +73,15 @@ class Telemetry:
     def __init__(self, nvml: Any | None, handles: Sequence[Any] = ()) -> None:
         self._nvml = nvml
         self._handles = list(handles)
+        self._counts = bool(self._handles) and self._has_counters()
+
+    def _has_counters(self) -> bool:
+        try:
+            for handle in self._handles:
+                self._nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+        except self._nvml.NVMLError:
+            return False
+        return True
 
     @classmethod
     def for_url(cls, url: str) -> Telemetry:
@@ -74,7 +100,7 @@ class Telemetry:
             return cls(None)
 
     def devices(self) -> list[dict[str, Any]] | None:
-        """Name, driver and power limit of each GPU; None without."""
+        """Name, driver, power limit, link and highest clocks of each GPU; None without."""
         if not self._handles:
             return None
         nvml = self._nvml
@@ -86,6 +112,8 @@ class Telemetry:
                 "power_limit_w": nvml.nvmlDeviceGetEnforcedPowerLimit(h) / 1000,
                 "pcie_generation": nvml.nvmlDeviceGetCurrPcieLinkGeneration(h),
                 "pcie_width": nvml.nvmlDeviceGetCurrPcieLinkWidth(h),
+                "max_sm_clock_mhz": nvml.nvmlDeviceGetMaxClockInfo(h, nvml.NVML_CLOCK_SM),
+                "max_memory_clock_mhz": nvml.nvmlDeviceGetMaxClockInfo(h, nvml.NVML_CLOCK_MEM),
             }
             for h in self._handles
         ]
@@ -97,27 +125,30 @@ class Telemetry:
         if not self._handles:
             yield watch
             return
-        start_s = time.perf_counter()
-        self._sample(watch, start_s)
-        task = asyncio.create_task(self._keep_sampling(watch, start_s))
+        self._sample(watch)
+        task = asyncio.create_task(self._keep_sampling(watch))
         try:
             yield watch
         finally:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-            self._sample(watch, start_s)
+            self._sample(watch)
 
-    async def _keep_sampling(self, watch: Watch, start_s: float) -> None:
+    async def _keep_sampling(self, watch: Watch) -> None:
         while True:
             await asyncio.sleep(SAMPLE_S)
-            self._sample(watch, start_s)
+            self._sample(watch)
 
-    def _sample(self, watch: Watch, start_s: float) -> None:
+    def _sample(self, watch: Watch) -> None:
         nvml = self._nvml
         watts = sum(nvml.nvmlDeviceGetPowerUsage(h) for h in self._handles) / 1000
-        watch.samples.append((time.perf_counter() - start_s, watts))
+        watch.samples.append((time.perf_counter(), watts))
+        if self._counts:
+            joules = sum(nvml.nvmlDeviceGetTotalEnergyConsumption(h) for h in self._handles) / 1000
+            watch.counted.append((time.perf_counter(), joules))
         for handle in self._handles:
+            watch.sm_clocks_mhz.append(nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM))
             watch.reasons |= nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
 
 

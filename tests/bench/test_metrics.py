@@ -170,6 +170,16 @@ def test_energy_is_none_where_samples_do_not_cover_the_window():
     assert metrics.energy_j([], 0.0, 1.0) is None
 
 
+def test_counted_energy_is_the_difference_cut_at_both_ends():
+    readings = [(0.0, 1000.0), (1.0, 1100.0), (2.0, 1400.0), (9.0, 1500.0)]
+    assert metrics.counted_energy_j(readings, 0.0, 2.0) == 400
+    assert metrics.counted_energy_j(readings, 0.5, 1.5) == pytest.approx(50 + 150)
+    assert metrics.counted_energy_j(readings, -0.1, 1.0) is None
+    assert metrics.counted_energy_j(readings, 1.0, 9.1) is None
+    assert metrics.counted_energy_j(readings, 1.0, 5.0) is None  # a gap of 7 s
+    assert metrics.counted_energy_j([], 0.0, 1.0) is None
+
+
 def test_energy_per_token_of_no_token_is_none():
     assert metrics.per_token(10.0, 5) == 2
     assert metrics.per_token(10.0, 0) is None

@@ -22,6 +22,7 @@ TARGETS = [
     "serve",
     "bench",
     "bench-compare",
+    "report",
     "eval",
     "image",
     "up",

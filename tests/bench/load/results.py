@@ -72,7 +72,8 @@ def make_result(
         "provenance": {
             "commit": "c" * 40, "dirty": False, "vllm": "0.0", "series_sha256": "s",
             "checkpoint_sha256": None, "checkpoint_index_sha256": None, "device": "a CPU",
-            "cores": 2, "gpus": None, "command": "bench run", "date": "2026-11-24T10:00:00+00:00",
+            "cores": 2, "gpus": None, "server": None, "command": "bench run",
+            "date": "2026-11-24T10:00:00+00:00",
         },
         "warm_up": [asdict(WarmUp(1, 10, (1.0, 1.0), True))],
         "cells": entries,

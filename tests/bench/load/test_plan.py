@@ -17,7 +17,9 @@ from bench.load.prompts import ChatPrompts, TokenPrompts
 from bench.load.rounds import Round
 from bench.load.sizes import format_size, parse_size, parse_sizes
 from bench.load.stream import encode
+from bench.load.trace import Chunk, Trace
 from bench.load.warmup import is_settled, warm_up_cells
+from tests.bench.load.fake_nvml import FakeNvml
 
 
 @pytest.mark.parametrize(
@@ -260,28 +262,28 @@ def test_warm_up_covers_each_number_of_streams_and_is_never_deep():
     assert [(c.depth, c.streams) for c in warm_up_cells(cells)] == [(8192, 1), (8192, 2)]
 
 
-class FakeNvml:
-    """Two GPUs, 100 and 200 W; the second is at its power cap."""
+async def watch(nvml: FakeNvml) -> telemetry.Watch:
+    async with telemetry.Telemetry(nvml, [1, 2]).watching() as watch:
+        await asyncio.sleep(0.05)
+    return watch
 
-    def nvmlDeviceGetPowerUsage(self, handle: int) -> int:  # noqa: N802
-        return 100_000 * handle
 
-    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: int) -> int:  # noqa: N802
-        return {1: 0x01, 2: 0x04}[handle]
+@pytest.mark.parametrize(("counts", "watts"), [(True, 3000), (False, 300)])
+def test_energy_is_that_of_the_gpus_counters_where_they_count(monkeypatch, counts, watts):
+    monkeypatch.setattr(telemetry, "SAMPLE_S", 0.01)
+    seen = asyncio.run(watch(FakeNvml(counts)))
+    energy = seen.energy_j([Trace(0.01, (Chunk(0.04, 1),))], seen.samples[0][0] + 0.002)
+    assert energy == pytest.approx(watts * 0.03, rel=0.02)
 
 
 def test_power_is_summed_over_gpus_and_throttling_is_named(monkeypatch):
     monkeypatch.setattr(telemetry, "SAMPLE_S", 0.01)
 
-    async def watch():
-        async with telemetry.Telemetry(FakeNvml(), [1, 2]).watching() as watch:
-            await asyncio.sleep(0.05)
-        return watch
-
-    seen = asyncio.run(watch())
+    seen = asyncio.run(watch(FakeNvml()))
     assert {watts for _, watts in seen.samples} == {300.0}
     assert len(seen.samples) > 3
     assert seen.throttle_reasons() == ("sw_power_cap",)
+    assert seen.sm_clock_mhz() == {"low": 1000, "median": 1500, "high": 2000}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,9 @@ from bench.load.config import Api, LoadConfig, Mode, Speculation
 from bench.load.errors import LoadError, ServerUnusable, Unbelievable
 from bench.load.journal import Journal
 from bench.load.prompts import TokenPrompts
+from bench.load.server import same_service
+from bench.load.telemetry import Telemetry
+from tests.bench.load.fake_nvml import FakeNvml
 from tests.bench.load.fake_server import FakeServer, serving
 
 CONFIG = LoadConfig(contexts=(300,), streams=(2,), output=41, repeats=3, max_warm_up_rounds=1)
@@ -252,6 +255,14 @@ def test_a_server_that_dies_leaves_a_journal_and_the_run_goes_on_from_it(output)
     assert not journal.exists()
 
 
+def test_two_lives_of_a_service_may_find_other_cache_sizes():
+    cache = {"block_size": "256", "num_gpu_blocks": "6682", "kv_cache_size_tokens": "9"}
+    first = {"model": "m", "window": 1, "version": "0", "cache": cache, "checkpoint": "c"}
+    assert same_service(first, first | {"cache": cache | {"num_gpu_blocks": "6680"}})
+    assert not same_service(first, first | {"cache": cache | {"block_size": "16"}})
+    assert not same_service(first, first | {"cache": None})
+
+
 def test_another_server_cannot_go_on_with_a_journal(output):
     with pytest.raises(ServerUnusable):
         measure(FakeServer(die_at=6), output)
@@ -299,6 +310,60 @@ def test_a_sweep_has_a_cell_for_each_combination(output):
     assert cells == [(159, 1), (159, 2), (259, 1), (259, 2)]
 
 
+def test_the_gpus_of_this_machine_are_in_the_result(output, monkeypatch):
+    telemetry = Telemetry(FakeNvml(slow_s=0.01), [1, 2])
+    monkeypatch.setattr(Telemetry, "for_url", lambda url: telemetry)
+    measured = measure(FakeServer(gap_s=0.005), output, repeats=1)
+    (cell,) = measured["cells"]
+    (done,) = cell["rounds"]
+    begin = min(r["sent_s"] for r in done["requests"])
+    end = max(r["chunks"][-1][0] for r in done["requests"])
+    assert done["energy_j"] == pytest.approx(3000 * (end - begin), rel=0.02)  # 1 and 2 kW
+    assert cell["energy_j_per_token"]["value"] == pytest.approx(done["energy_j"] / 82)
+    assert done["sm_clock_mhz"] == {"low": 1000, "median": 1500, "high": 2000}
+    assert cell["throttle_reasons"] == ["sw_power_cap"]
+    device = {
+        "name": "NVIDIA Fake", "driver": "580.1", "power_limit_w": 300, "pcie_generation": 5,
+        "pcie_width": 16, "max_sm_clock_mhz": 2400, "max_memory_clock_mhz": 14_000,
+    }  # fmt: skip
+    assert measured["provenance"]["gpus"] == [device] * 2
+    text = output.with_suffix(".md").read_text()
+    assert "GPU clocks were held down: sw_power_cap." in text
+    assert "2 x NVIDIA Fake, driver 580.1" in text
+
+
+def test_the_server_behind_the_port_is_in_the_result(output):
+    measured = measure(FakeServer(), output, repeats=1)
+    (command, *_) = measured["provenance"]["server"]["commands"]
+    assert "pytest" in command  # the fake runs in this process
+
+
+def test_a_dry_run_checks_and_sends_nothing(output, capsys):
+    server = FakeServer()
+    with serving(server) as url:
+        options = ["run", "--url", url, "--dry-run", "--result", str(output), "--output", "50"]
+        assert main([*options, "--context", "300,1k", "--streams", "2", "--repeats", "3"]) == 0
+        rows = capsys.readouterr().out.splitlines()[2:4]
+        assert rows == [
+            "| 4,096 / 300 / 250 / 2 | 3 | 1,500 | 300 |",
+            "| 4,096 / 1,000 / 950 / 2 | 3 | 5,700 | 300 |",
+        ]
+        assert main([*options, "--context", "60"]) == 2
+        assert "depth 10: must be at least 18" in capsys.readouterr().err
+    assert server.bodies == []
+    assert not output.parent.exists()
+
+
+def test_quick_asks_for_less_but_not_for_less_than_it_is_told(output):
+    with serving(FakeServer(window=16_384, gap_s=0.0001)) as url:
+        options = ["run", "--url", url, "--result", str(output), "--output", "7"]
+        assert main([*options, "--quick"]) == 0
+    measured = result_module.read(output)
+    (cell,) = measured["cells"]
+    assert (cell["depth"], cell["num_repeats"]) == (8192, 2)
+    assert measured["config"]["output"] == 7
+
+
 def run_main(*options: str) -> int:
     return main(
         [
@@ -334,6 +399,29 @@ def test_bad_input_is_one_line_and_a_status(output, capsys):
     assert run_main("--url", "http://127.0.0.1:9", "--result", str(output)) == 3
     assert "no server" in capsys.readouterr().err
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("fault", "options", "status", "line", "written"),
+    [
+        ({}, ["--speculation", "on"], 1, "speculation: no acceptance metrics", True),
+        ({"malformed_at": 0}, [], 1, "1 of 1 requests failed: malformed stream", True),
+        ({"die_at": 0}, [], 3, "the server went away during a round", False),
+    ],
+    ids=["no acceptance metrics", "malformed stream", "dying"],
+)
+def test_a_bad_server_is_one_line_and_a_status(
+    output, capsys, fault, options, status, line, written
+):
+    with serving(FakeServer(**fault)) as url:
+        assert run_main("--url", url, "--result", str(output), *options) == status
+    said = [s for s in capsys.readouterr().err.splitlines() if s.startswith("bench: ")]
+    assert len(said) == 1
+    assert line in said[0]
+    assert output.exists() is written
+    assert {p.suffix for p in output.parent.iterdir()} == (
+        {".json", ".md", ".html"} if written else {".jsonl"}
+    )
 
 
 def test_the_key_comes_from_the_environment_and_is_not_recorded(output, monkeypatch):

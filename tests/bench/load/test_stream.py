@@ -1,11 +1,12 @@
 """Events of hand-made streams."""
 
+import gc
 import json
 import time
 
 import pytest
 
-from bench.load.stream import Stream
+from bench.load.stream import Stream, undisturbed
 from bench.load.summary import accepted_positions, request_figures
 from bench.load.trace import Chunk, Kind, Speculation, Trace, from_json, to_json
 
@@ -134,6 +135,13 @@ def test_a_trace_survives_the_journal():
         Speculation(1, 1, 1, (0, 1)), "late",
     )  # fmt: skip
     assert from_json(json.loads(json.dumps(to_json(trace)))) == trace
+
+
+def test_no_garbage_collection_runs_between_two_chunks():
+    with pytest.raises(KeyError), undisturbed():  # noqa: PT012 - on again after a failure, too
+        assert not gc.isenabled()
+        raise KeyError
+    assert gc.isenabled()
 
 
 def test_a_chunk_costs_less_than_50_us_of_the_client():
