@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kernels.folder_lock import FolderHeld, check_free
-from serve.allreduce_tier import FILE_NAME, AllReduce, Choice
+from serve.allreduce_tier import AUTO, FILE_NAME, AllReduce, Choice, Tiers
+from serve.bug_report import add_report, run_report
 from serve.checkpoint import check_checkpoint, read_json
 from serve.command import vllm_command
 from serve.doctor.report import add_doctor, run_doctor
@@ -63,24 +64,29 @@ def run(arguments: argparse.Namespace) -> int:
             check_split(read_json(model / "config.json"), profile)
         check_engine()
         prepare_record(record)
-    choice = choose_all_reduce(settings, probe=not arguments.dry_run)
-    command = vllm_command(
-        profile,
-        model,
-        host,
-        port,
-        profile.num_speculative_tokens,
-        capture is not None,
-        uds,
-        settings["sse_keep_alive_interval"],
-        settings["otlp_traces_endpoint"],
-        choice.tier if choice else None,
-    )
-    env = engine_environment(profile, capture=capture, load_record=record)
-    added = added_environment(profile, capture, record)
-    if choice is not None:
-        env |= choice.environment
-        added |= choice.environment
+    all_reduce = choose_all_reduce(settings, probe=not arguments.dry_run)
+    base = engine_environment(profile, capture=capture, load_record=record)
+    if uds is not None:
+        base.pop(API_KEY, None)  # the gateway asks for it
+
+    def start(choice: Choice | None) -> tuple[list[str], dict[str, str]]:
+        command = vllm_command(
+            profile,
+            model,
+            host,
+            port,
+            profile.num_speculative_tokens,
+            capture is not None,
+            uds,
+            settings["sse_keep_alive_interval"],
+            settings["otlp_traces_endpoint"],
+            choice.tier if choice else None,
+        )
+        return command, base | (choice.environment if choice else {})
+
+    choice = all_reduce.choice if all_reduce else None
+    command, env = start(choice)
+    added = added_environment(profile, capture, record) | (choice.environment if choice else {})
     shown = [f"{name}={value}" for name, value in sorted(added.items())]
     for line in settings.changed():
         print(f"serve: {line}", file=sys.stderr, flush=True)
@@ -88,32 +94,45 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return 0
     if uds is not None:
-        env.pop(API_KEY, None)  # the gateway asks for it
         return run_front(
-            settings, keys, record, command, env, uds, lambda: print_summary(record, model)
+            settings,
+            keys,
+            record,
+            command,
+            env,
+            uds,
+            lambda: print_summary(record, model),
+            Tiers(all_reduce, start) if all_reduce else None,
         )
     start_summary(record, model, host, port)
     os.execve(command[0], command, env)
     return 0  # only where a test keeps execve from taking this process
 
 
-def choose_all_reduce(settings: Settings, probe: bool) -> Choice | None:
+def choose_all_reduce(settings: Settings, probe: bool) -> AllReduce | None:
     """How two cards reduce; None for any other number, and on the CPU.
 
     Raises:
+        ConfigError: one is asked for where there are not two cards.
         TierError: the one that is asked for is not proven, or none is.
     """
     profile = settings.profile
     if profile.device is not Device.CUDA or profile.tensor_parallel_size != 2:
+        if settings["allreduce"] != AUTO:
+            raise ConfigError(
+                f"allreduce = {settings['allreduce']} ({settings.sources['allreduce'].value}): "
+                f"device = {profile.device.value}, tensor_parallel_size = "
+                f"{profile.tensor_parallel_size}; only two cards have a choice. Leave it at {AUTO}"
+            )
         return None
 
     def say(text: str) -> None:
         print(f"serve: {text}", file=sys.stderr, flush=True)
 
     path = cache_path(FILE_NAME)
-    choice = AllReduce.of_this_machine(path, settings["allreduce"], say, probe).choice
-    say(f"all-reduce: {choice.tier.value}: {choice.reason}")
-    return choice
+    all_reduce = AllReduce.of_this_machine(path, settings["allreduce"], say, probe)
+    say(f"all-reduce: {all_reduce.choice.tier.value}: {all_reduce.choice.reason}")
+    return all_reduce
 
 
 def find_keys(path: Path | None, bare: bool) -> Keys | None:
@@ -140,6 +159,7 @@ def run_front(
     env: dict[str, str],
     uds: Path,
     on_ready: Callable[[], None],
+    tiers: Tiers | None,
 ) -> int:
     """Serve from this process, with vLLM as its child."""
     from serve import front  # FastAPI: the other commands do without
@@ -174,7 +194,7 @@ def run_front(
     front.check_socket_path(uds)
     uds.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     sock = front.listen(config.host, config.port)
-    return front.run(front.serve(config, command, env, sock, on_ready))
+    return front.run(front.serve(config, command, env, sock, on_ready, tiers))
 
 
 def print_summary(record: Path, model: Path) -> None:
@@ -257,6 +277,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     table_parser = commands.add_parser("profiles", help="what each needs; does it fit here")
     table_parser.add_argument("--json", action="store_true", help="for other programs")
     add_doctor(commands)
+    add_report(commands)
     return parser.parse_args(argv)
 
 
@@ -270,6 +291,8 @@ def main(argv: list[str] | None = None) -> int:
             run_profiles(arguments.json)
         elif arguments.command == "doctor":
             return run_doctor(arguments)
+        elif arguments.command == "report":
+            return run_report(arguments)
         else:
             return run(arguments)
     except ServeError as error:

@@ -3,6 +3,8 @@
     verdict of `kernels.probe` -> choose -> environment of the engine
     a fault while serving      -> demote -> choose again, one tier down
 
+A tier that was asked for by name is used or refused, never changed.
+
 Verdict and demotions are kept in one file and hold for this boot, driver and pair of cards only.
 Nothing is ever tried out on requests: a tier without a proof is not used, whoever asks for it.
 """
@@ -14,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -44,6 +47,12 @@ class Tier(StrEnum):
 
 
 KERNEL_TIERS = (Tier.PEER_PUSH, Tier.HOST_PINNED)  # ours; they need our worker
+# What vLLM would put before its tiers, unproven: each goes over peer memory.
+OTHERS_OFF = {
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
+    "VLLM_ALLREDUCE_USE_FLASHINFER_PCIE_IPC": "0",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+}
 PEER_TIERS = (Tier.PEER_PUSH, Tier.VLLM_CUSTOM, Tier.NCCL_P2P)
 # What each does over the link, so which arms of the probe must be healthy. vLLM's reads the peer's
 # buffer and writes its flags; NCCL does either, by its own choice.
@@ -114,6 +123,17 @@ class Choice:
     environment: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Failure:
+    """An all-reduce ended the engine. said: what failed and what became of the tier.
+
+    choice: of the engine's next life; None: as it was, which ends must be counted.
+    """
+
+    said: str
+    choice: Choice | None = None
+
+
 # ---------------------------------------------------------------------------------- choosing
 
 
@@ -135,7 +155,7 @@ def objection(verdict: ProbeVerdict | None, tier: Tier) -> Arm | None:
 def choose(
     verdict: ProbeVerdict | None, override: str = AUTO, demoted: Sequence[Tier] = ()
 ) -> Choice:
-    """Choose the first tier that is proven and not demoted, beginning with the one asked for.
+    """The tier that is asked for; with `auto` the first that is proven and not demoted.
 
     Args:
         verdict: of this boot, driver and cards; None: not probed.
@@ -144,27 +164,30 @@ def choose(
 
     Raises:
         ValueError: override is no tier.
-        TierError: the tier asked for is not proven; no tier is.
+        TierError: the tier asked for is not proven, or is demoted; no tier is left.
     """
-    tiers = list(Tier)
-    asked = None if override == AUTO else Tier(override)
-    if asked is not None:
+    if override != AUTO:
+        asked = Tier(override)
         if arm := objection(verdict, asked):
-            raise TierError(
-                f"all-reduce: {asked.value} is asked for and not proven: {said_of(verdict, arm)}. "
-                f"Ask for {AUTO}, or see `python -m serve doctor`"
-            )
-        tiers = tiers[tiers.index(asked) :]
+            wrong = f"not proven: {said_of(verdict, arm)}"
+        elif asked in demoted:
+            wrong = "demoted: it had a fault while it served"
+        else:
+            return Choice(asked, "asked for", environment(asked, verdict, demoted))
+        raise TierError(
+            f"all-reduce: {asked.value} is asked for and {wrong}. "
+            f"Ask for {AUTO}, or see `python -m serve doctor`"
+        )
     passed: dict[str, list[str]] = {}  # why, and which tiers
-    for tier in tiers:
+    for tier in Tier:
         if tier in demoted:
             why = "had a fault while it served"
         elif arm := objection(verdict, tier):
             why = f"{arm.value} {verdict.arms[arm][0].value}" if verdict else "not probed"
         else:
-            how = "asked for" if tier is asked else "proven by the probe"
             reason = "; ".join(f"not {', '.join(names)}: {why}" for why, names in passed.items())
-            return Choice(tier, reason or how, environment(tier, verdict, demoted))
+            reason = reason or "proven by the probe"
+            return Choice(tier, reason, environment(tier, verdict, demoted))
         passed.setdefault(why, []).append(tier.value)
     said = said_of(verdict, Arm.HOST_PINNED)
     raise TierError(f"all-reduce: no tier is proven, or all had faults; the probe said: {said}")
@@ -192,6 +215,7 @@ def environment(
         and not any(other in demoted for other in PEER_TIERS)
     )
     found = {TIER_VARIABLE: tier.value, "NCCL_P2P_DISABLE": "0" if over_peers else "1"}
+    found |= OTHERS_OFF
     return found | ({"NCCL_P2P_LEVEL": "SYS"} if over_peers else {})
 
 
@@ -347,9 +371,10 @@ class AllReduce:
     def __init__(
         self, path: Path, known: Known, override: str, say: Callable[[str], object]
     ) -> None:
-        self.num_demotions = 0  # since this process started
+        # Demotions since this process started, by (from, to).
+        self.counts: Counter[tuple[Tier, Tier]] = Counter()
         self._path, self._known, self._override, self._say = path, known, override, say
-        self.choice = self._choose()
+        self.choice = choose(known.verdict, override, known.demoted)
 
     @classmethod
     def of_this_machine(
@@ -374,8 +399,13 @@ class AllReduce:
             say(f"{error}; {only}; see `python -m serve doctor`")
         return cls(path, known, override, say)
 
-    def after_end(self, lines: Iterable[str], stall: str = "") -> Choice | None:
-        """Demote the tier if the engine ended by its fault.
+    @property
+    def demotions(self) -> Sequence[Demotion]:
+        """Tiers that had faults since this boot."""
+        return tuple(self._known.demotions)
+
+    def after_end(self, lines: Iterable[str], stall: str = "") -> Failure | None:
+        """Demote the tier if the engine ended by its fault and another may take its place.
 
         Args:
             lines: the engine's last output, where a worker says that an all-reduce failed.
@@ -383,10 +413,7 @@ class AllReduce:
                 peer access wait for ever and say nothing: a stall counts as their fault.
 
         Returns:
-            What the next life is to be started with; None: as before.
-
-        Raises:
-            TierError: no tier is left.
+            The failure, and what the next life is to be started with; None: it was none of ours.
         """
         failed = self.choice.tier
         fault = next((found for line in lines if (found := fault_of(line))), None)
@@ -394,18 +421,29 @@ class AllReduce:
             fault = stall
         if fault is None:
             return None
+        if self._override != AUTO:
+            return Failure(f"{failed.value} was asked for and is not demoted: {fault}")
+        try:
+            choice = choose(self._known.verdict, AUTO, [*self._known.demoted, failed])
+        except TierError:
+            return Failure(f"{failed.value} is the last tier and is not demoted: {fault}")
         demote(self._known, failed, fault)
-        self.num_demotions += 1
+        self.counts[failed, choice.tier] += 1
         keep(self._path, self._known, self._say)
-        self.choice = self._choose()
+        self.choice = choice
         self._say(
-            f"all-reduce: {failed.value} is demoted to {self.choice.tier.value} until the next "
+            f"all-reduce: {failed.value} is demoted to {choice.tier.value} until the next "
             f"boot; delete {self._path} to probe and try it again: {fault}"
         )
-        return self.choice
+        return Failure(f"{failed.value} is demoted to {choice.tier.value}: {fault}", choice)
 
-    def _choose(self) -> Choice:
-        return choose(self._known.verdict, self._override, self._known.demoted)
+
+@dataclass(frozen=True)
+class Tiers:
+    """all_reduce: says which tier. start: the engine's command and environment with it."""
+
+    all_reduce: AllReduce
+    start: Callable[[Choice], tuple[list[str], dict[str, str]]]
 
 
 def keep(path: Path, known: Known, say: Callable[[str], object]) -> None:

@@ -38,6 +38,9 @@ def vllm_command(
     command += ["--uds", str(uds)] if uds else ["--host", host, "--port", str(port)]
     command += ["--tokenizer-mode", "deepseek_v4"]
     command += ["--reasoning-parser", profile.reasoning_parser.value]
+    command += ["--tool-call-parser", profile.tool_call_parser.value]
+    if profile.enable_auto_tool_choice:
+        command += ["--enable-auto-tool-choice"]
     command += ["--default-chat-template-kwargs", json.dumps({"thinking": profile.thinking})]
     command += ["--max-model-len", str(profile.max_model_len)]
     command += ["--max-num-seqs", str(profile.max_num_seqs)]

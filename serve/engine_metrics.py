@@ -14,6 +14,7 @@ PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
 SUMMED = {
     "vllm:prompt_tokens_total": "prompt_tokens",
     "vllm:generation_tokens_total": "generation_tokens",
+    "vllm:time_to_first_token_seconds_count": "first_tokens",
     "vllm:num_requests_running": "num_running",
     "vllm:num_requests_waiting": "num_waiting",
     "vllm:num_preemptions_total": "num_preemptions",
@@ -30,12 +31,14 @@ KV_USAGE = "vllm:kv_cache_usage_perc"
 class EngineMetrics:
     """None: the page has no such sample. Counters are of one life of the engine.
 
-    kv_cache_usage: share of blocks in use, 0 to 1. drafts: proposals; drafted, accepted: their
-    tokens; per_position: accepted tokens of each position.
+    first_tokens: of generation_tokens, those that a prefill gave. kv_cache_usage: share of blocks
+    in use, 0 to 1. drafts: proposals; drafted, accepted: their tokens; per_position: accepted ones
+    of each position.
     """
 
     prompt_tokens: float | None = None
     generation_tokens: float | None = None
+    first_tokens: float | None = None
     num_running: float | None = None
     num_waiting: float | None = None
     num_preemptions: float | None = None

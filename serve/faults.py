@@ -16,6 +16,7 @@ class FaultKind(StrEnum):
     ENGINE_ENDED = "engine_ended"
     ENGINE_STALLED = "engine_stalled"
     ENGINE_FAILED = "engine_failed"
+    ALL_REDUCE_FAILED = "all_reduce_failed"
     CANARY_FAILED = "canary_failed"
     MTP_ZERO_ACCEPTANCE = "mtp_zero_acceptance"
     MTP_NO_DRAFTS = "mtp_no_drafts"

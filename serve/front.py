@@ -17,6 +17,7 @@ import uvicorn
 import uvloop
 
 from serve.admission import Admission, AdmissionLimits
+from serve.allreduce_tier import Tiers
 from serve.errors import ConfigError
 from serve.faults import Faults
 from serve.gateway import Gateway, open_paths
@@ -116,6 +117,7 @@ async def serve(
     environment: dict[str, str],
     sock: socket.socket,
     on_ready: Callable[[], None] = lambda: None,
+    tiers: Tiers | None = None,
 ) -> int:
     """Serve until SIGTERM or SIGINT: listen, start the engine, drain, end it.
 
@@ -124,7 +126,7 @@ async def serve(
         signal cut some off.
     """
     with Log(config.log_format):
-        return await serve_logged(config, command, environment, sock, on_ready)
+        return await serve_logged(config, command, environment, sock, on_ready, tiers)
 
 
 async def serve_logged(
@@ -133,11 +135,18 @@ async def serve_logged(
     environment: dict[str, str],
     sock: socket.socket,
     on_ready: Callable[[], None],
+    tiers: Tiers | None,
 ) -> int:
     """`serve` while the log is open."""
     faults, traffic = Faults(), Traffic()
     supervisor = Supervisor(
-        command, environment, config.socket_path, config.limits, on_ready, faults=faults
+        command,
+        environment,
+        config.socket_path,
+        config.limits,
+        on_ready,
+        faults=faults,
+        tiers=tiers,
     )
     admission = Admission(config.admission)
     relay = Relay(
@@ -167,6 +176,7 @@ async def serve_logged(
         faults,
         monitor,
         started_s=time.monotonic(),
+        tier_of_cards=tiers.all_reduce if tiers else None,
     )
     metrics = Metrics(parts)
     own = OwnRoutes(parts, metrics)

@@ -34,7 +34,7 @@ class Gateway:
     Args:
         own: the application of OWN_PATHS.
         keys: who may send requests; None is everybody.
-        open_paths: of ours, those that need no key.
+        open_paths: those that need no key.
         on_end: called with each request but those of OWN_PATHS.
     """
 
@@ -94,8 +94,11 @@ class Gateway:
 
 
 def open_paths(status: Access, metrics: Access) -> frozenset[str]:
-    """Our paths that need no key."""
-    paths = PROBES | {"/status"}
+    """The paths that need no key: of ours, and vLLM's probe, which has none there either.
+
+    A router waits for /health before it serves, and shows no key.
+    """
+    paths = PROBES | {"/status", "/health"}
     if status is Access.OPEN:
         paths |= {"/status.json"}
     if metrics is Access.OPEN:

@@ -101,6 +101,12 @@ class Gathered(Collector):
             active.add_metric([kind.value], bool(fault and fault.active))
         yield began
         yield active
+        if parts.tier_of_cards:
+            text = "Tiers of the all-reduce that failed, and what took their place."
+            demoted = counter("all_reduce_demotions", text, "from", "to")
+            for (failed, taken), count in sorted(parts.tier_of_cards.counts.items()):
+                demoted.add_metric([failed.value, taken.value], count)
+            yield demoted
 
     def _requests(self) -> Iterator[Metric]:
         parts = self._parts

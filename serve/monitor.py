@@ -98,22 +98,18 @@ class Monitor:
         nvml: Callable[[], Any] = load_nvml,
     ) -> None:
         self.seen = Seen()
-        self.nvml: Any | None = None
         self.driver: str | None = None
         self._supervisor, self._traffic, self._faults = supervisor, traffic, faults
         self._record_path, self._interval_s = load_record, interval_s
         self._speculates = num_speculative_tokens > 0
         self._mtp = MtpTruth(num_speculative_tokens, faults)
-        self._load_nvml = nvml
+        self._load_nvml, self._nvml, self._nvml_loaded = nvml, None, False
         self._nvml_read: asyncio.Future[list[Gpu] | None] | None = None
-        self._at_s = time.monotonic()
+        self._at_s = self._page_at_s = time.monotonic()
         self._life = self._num_failed = 0
 
     async def run(self) -> None:
         """Look until cancelled."""
-        with self._not_fatal():
-            self.nvml = await in_thread(self._load_nvml)
-            self.driver = await in_thread(lambda: driver_version(self.nvml))
         async with self.session() as session:
             while True:
                 with self._not_fatal():
@@ -143,7 +139,8 @@ class Monitor:
             return None
         try:
             async with session.get("http://engine/metrics") as response:
-                return await response.text() if response.status == 200 else None
+                page = await response.text("utf-8", "replace")
+                return page if response.status == 200 else None
         except (aiohttp.ClientError, OSError, TimeoutError):
             return None
 
@@ -151,16 +148,16 @@ class Monitor:
         if self._supervisor.num_lives != self._life:
             self._life = self._supervisor.num_lives
             self.seen.metrics, self.seen.record = EngineMetrics(), None
-        page = await self.page(session)
+        page, at_s = await self.page(session), time.monotonic()
         self._note_answer(page)
         old, now = self.seen.metrics, read_metrics(page or "")
+        seconds = at_s - self._page_at_s  # more than one interval where a page failed to come
         if page:
-            self.seen.metrics = now
+            self.seen.metrics, self._page_at_s = now, at_s
             self._mtp.observe(now)
             self._read_record()
         await self._read_gpus()
-        at_s = time.monotonic()
-        self.seen.points.append(self._point(old, now, self._at_s, at_s))
+        self.seen.points.append(self._point(old, now, seconds, self._at_s))
         self._at_s = at_s
 
     def _note_answer(self, page: str | None) -> None:
@@ -172,12 +169,14 @@ class Monitor:
         else:
             self._faults.end(FaultKind.METRICS_UNREADABLE)
 
-    def _point(self, old: EngineMetrics, now: EngineMetrics, from_s: float, to_s: float) -> Point:
+    def _point(
+        self, old: EngineMetrics, now: EngineMetrics, seconds: float, from_s: float
+    ) -> Point:
         def rate(name: str) -> float | None:
             before, after = getattr(old, name), getattr(now, name)
             if before is None or after is None or after < before:
                 return None
-            return (after - before) / (to_s - from_s)
+            return (after - before) / seconds
 
         drafted = value(now.drafted) - value(old.drafted)
         accepted = value(now.accepted) - value(old.accepted)
@@ -206,6 +205,8 @@ class Monitor:
             record = json.loads(self._record_path.read_text(encoding="utf-8"))
             if not isinstance(record, dict) or record.get("schema_version") != 1:
                 raise ValueError("schema_version is not 1")
+            if not all(isinstance(record.get(part, {}), dict) for part in ("target", "draft")):
+                raise ValueError("target or draft is not an object")
         except (OSError, ValueError) as error:
             text = f"load record {self._record_path}: {error}"
             self._faults.begin(FaultKind.LOAD_RECORD_UNREADABLE, text)
@@ -218,12 +219,20 @@ class Monitor:
         else:
             self._faults.end(FaultKind.MTP_NOT_LOADED)
 
+    def _ask_nvml(self) -> list[Gpu] | None:
+        """Runs in a thread: to load NVML can hang as well as to ask it."""
+        if not self._nvml_loaded:
+            self._nvml = self._load_nvml()
+            self.driver = driver_version(self._nvml)
+            self._nvml_loaded = True
+        return read_gpus(self._nvml)
+
     async def _read_gpus(self) -> None:
         """A driver that hangs holds a thread, and nothing else."""
-        if self.nvml is None:
-            return
         if self._nvml_read is None:
-            self._nvml_read = in_thread(lambda: read_gpus(self.nvml))
+            if self._nvml_loaded and self._nvml is None:
+                return
+            self._nvml_read = in_thread(self._ask_nvml)
         done, _ = await asyncio.wait((self._nvml_read,), timeout=min(self._interval_s, NVML_S))
         if not done:
             self.seen.gpus = None

@@ -4,7 +4,8 @@
 
 A server in a process of its own stamps each chunk with the clock that all processes share; a client
 in another compares the stamp with its own when the chunk arrives. Direct and relayed rounds
-alternate. All of it runs on one machine, so the ratios say more than the microseconds.
+alternate, and rounds through a copier: a process that hands bytes on and knows no HTTP. What that
+adds is the price of a second process on this machine, which no relay can be below.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import asyncio
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -31,6 +33,7 @@ from serve.protocol import bounded
 from serve.relay import Message, Receive, Relay, Send
 from serve.stages import Stage
 from serve.supervisor import Supervisor
+from serve.versions import collect_versions
 
 CHUNK = b'data: {"t": %020d, "pad": "' + b"x" * 200 + b'"}\n\n'
 STAMP = slice(12, 32)  # of the time in a chunk
@@ -67,6 +70,49 @@ async def run_gateway(port: int, uds: Path) -> None:
         lifespan="off",
     )
     await uvicorn.Server(config).serve(sockets=[listen("127.0.0.1", port)])
+
+
+class Copier(asyncio.Protocol):
+    """One side of a connection whose bytes are handed to the other."""
+
+    def __init__(self) -> None:
+        self.other: asyncio.WriteTransport | None = None
+        self.early = b""
+
+    def data_received(self, data: bytes) -> None:
+        if self.other:
+            self.other.write(data)
+        else:
+            self.early += data
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.other:
+            self.other.close()
+
+
+class Accepted(Copier):
+    """The client's side: connects the server's."""
+
+    def __init__(self, uds: Path) -> None:
+        super().__init__()
+        self.uds = uds
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.task = asyncio.ensure_future(self._join(transport))
+
+    async def _join(self, transport: Any) -> None:
+        self.other, there = await asyncio.get_running_loop().create_unix_connection(
+            Copier, str(self.uds)
+        )
+        there.other = transport
+        self.other.write(self.early)
+
+
+async def run_copier(port: int, uds: Path) -> None:
+    """The copier before a server that runs already."""
+    sock = listen("127.0.0.1", port)
+    server = await asyncio.get_running_loop().create_server(lambda: Accepted(uds), sock=sock)
+    await server.serve_forever()
 
 
 async def stream(session: aiohttp.ClientSession, url: str) -> tuple[float, list[float]]:
@@ -110,26 +156,42 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def measure(direct: str, relayed: str, gateway_pid: int) -> list[dict[str, Any]]:
+async def measure(urls: dict[str, str], pids: dict[str, int]) -> list[dict[str, Any]]:
     """One case for each number of streams, paced: unpaced chunks would join on their way."""
     cases = [(streams, 300, 10.0) for streams in STREAMS]
     found = []
     for num_streams, num_chunks, gap_ms in cases:
-        rounds: dict[str, list[dict[str, float]]] = {"direct": [], "relayed": []}
-        spent = cpu_s(gateway_pid)
+        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in urls}
+        spent = {name: cpu_s(pid) for name, pid in pids.items()}
         for _ in range(ROUNDS):
-            for name, url in (("direct", direct), ("relayed", relayed)):
+            for name, url in urls.items():
                 rounds[name].append(await round_of(url, num_streams, num_chunks, gap_ms))
-        spent = cpu_s(gateway_pid) - spent
         case: dict[str, Any] = {"streams": num_streams, "chunks": num_chunks, "gap_ms": gap_ms}
         for name, each in rounds.items():
             case[name] = {key: statistics.median(r[key] for r in each) for key in each[0]}
-        case["gateway_cpu_us_per_chunk"] = spent * 1e6 / (ROUNDS * num_streams * num_chunks)
-        case["ratio"] = {key: case["relayed"][key] / case["direct"][key] for key in case["direct"]}
-        case["added_way_us"] = case["relayed"]["way_us"] - case["direct"]["way_us"]
-        case["added_first_us"] = case["relayed"]["first_us"] - case["direct"]["first_us"]
+        for name, pid in pids.items():
+            took, part = cpu_s(pid) - spent[name], case[name]
+            part["cpu_us_per_chunk"] = took * 1e6 / (ROUNDS * num_streams * num_chunks)
+            part["added_way_us"] = part["way_us"] - case["direct"]["way_us"]
+            part["added_first_us"] = part["first_us"] - case["direct"]["first_us"]
+        for key in ("added_way_us", "cpu_us_per_chunk"):
+            case[f"{key}_beside_copier"] = case["relayed"][key] - case["copied"][key]
         found.append(case)
     return found
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on. load_average: of the last minute, these processes among it."""
+    return {
+        "commit": collect_versions().commit,
+        "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "cpus": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "uvloop": uvloop.__version__,
+        "uvicorn": uvicorn.__version__,
+    }
 
 
 async def wait_for(url: str) -> None:
@@ -150,12 +212,15 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; also of the processes that it starts."""
     parser = argparse.ArgumentParser(prog="python -m serve.overhead")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--part", choices=("server", "gateway"), help=argparse.SUPPRESS)
-    parser.add_argument("--port", type=int, default=18_790, help="this and the next are used")
+    parser.add_argument("--part", choices=("server", "gateway", "copier"), help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, default=18_790, help="this and the next two")
     parser.add_argument("--uds", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.part == "gateway":
         uvloop.run(run_gateway(arguments.port, arguments.uds))
+        return 0
+    if arguments.part == "copier":
+        uvloop.run(run_copier(arguments.port, arguments.uds))
         return 0
     if arguments.part == "server":
         where: dict[str, Any] = {"port": arguments.port}
@@ -166,30 +231,35 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         uds = str(Path(folder) / "s")
         me = [sys.executable, "-m", "serve.overhead", "--part"]
-        ports = [str(arguments.port), str(arguments.port + 1)]
+        ports = [str(arguments.port + number) for number in range(3)]
         started = [
             subprocess.Popen([*me, "server", "--port", ports[0]]),
             subprocess.Popen([*me, "server", "--uds", uds]),
             subprocess.Popen([*me, "gateway", "--uds", uds, "--port", ports[1]]),
+            subprocess.Popen([*me, "copier", "--uds", uds, "--port", ports[2]]),
         ]
         try:
-            urls = [f"http://127.0.0.1:{port}" for port in ports]
-            for url in urls:
+            names = ("direct", "relayed", "copied")
+            urls = {n: f"http://127.0.0.1:{p}" for n, p in zip(names, ports, strict=True)}
+            for url in urls.values():
                 asyncio.run(wait_for(url))
-            found = asyncio.run(measure(*urls, started[2].pid))
+            pids = {"relayed": started[2].pid, "copied": started[3].pid}
+            found = asyncio.run(measure(urls, pids))
         finally:
             for process in started:
                 process.terminate()
                 process.wait()
     for case in found:
-        print(
-            f"{case['streams']:>3} streams: way +{case['added_way_us']:.0f} us "
-            f"(x {case['ratio']['way_us']:.2f}), first byte +{case['added_first_us']:.0f} us "
-            f"(x {case['ratio']['first_us']:.2f}), {case['gateway_cpu_us_per_chunk']:.0f} us CPU a "
-            f"chunk, throughput x {case['ratio']['chunks_per_s']:.2f}"
-        )
+        for name in pids:
+            part = case[name]
+            print(
+                f"{case['streams']:>3} streams, {name}: way +{part['added_way_us']:.0f} us, "
+                f"first byte +{part['added_first_us']:.0f} us, "
+                f"CPU {part['cpu_us_per_chunk']:.0f} us a chunk"
+            )
     if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        result = {"command": "python -m serve.overhead", "machine": machine(), "cases": found}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -40,6 +40,12 @@ class ReasoningParser(StrEnum):
     DEEPSEEK_V4 = "deepseek_v4"
 
 
+class ToolCallParser(StrEnum):
+    """vLLM's --tool-call-parser values for this model."""
+
+    DEEPSEEK_V4 = "deepseek_v4"
+
+
 @dataclass(frozen=True)
 class Profile:
     """What the server runs with. Fields that share a vLLM flag's name mean what the flag means."""
@@ -57,6 +63,8 @@ class Profile:
     num_speculative_tokens: int
     enforce_eager: bool
     reasoning_parser: ReasoningParser
+    tool_call_parser: ToolCallParser
+    enable_auto_tool_choice: bool
     thinking: bool
     cpu_kv_cache_gib: int = 0
     cpu_num_threads: int = 0

@@ -58,10 +58,18 @@ class Protocol(HttpToolsProtocol):
         if self._refused:
             return
         super().data_received(data)
-        if self._in_head and not self._refused:  # a header without an end is never parsed
+        if self._refused:
+            return
+        if self._in_head:  # a header without an end is never parsed
             self._num_raw_bytes += len(data)
             if self._num_raw_bytes > self.max_head_bytes:
                 self._refuse_head()
+        elif self in self.connections and not (
+            self._answering or self.timeout_keep_alive_task or self._timer
+        ):
+            # Line ends between requests, or the rest of a body that nobody wants, are no request:
+            # they end uvicorn's wait for the next one, and without ours it would have no end.
+            self._start_timer()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -79,7 +87,7 @@ class Protocol(HttpToolsProtocol):
             self._count(len(name) + len(value) + 4)
 
     def on_headers_complete(self) -> None:
-        self._in_head = False
+        self._in_head, self._num_raw_bytes = False, 0
         self._stop_timer()
         if not self._refused:
             super().on_headers_complete()
@@ -91,6 +99,12 @@ class Protocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         if not self._refused:
             super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        if not self._refused:  # a head can be both too long and wrong
+            self._refused = True
+            self._stop_timer()
+            super().send_400_response(msg)
 
     @property
     def _answering(self) -> bool:

@@ -1,14 +1,16 @@
 """The relay: requests and answers pass as raw bytes between a client and the engine's socket.
 
-Nothing is decoded, joined or held back. A client that goes away ends the request at the engine; an
-engine that goes away ends the answer with an error that the client can see: an error event where an
-event stream can take one, else a connection closed before its end.
+Nothing is decoded, joined or held back but an error that says that the engine is dead. A client
+that goes away ends the request at the engine; an engine that goes away ends the answer with an
+error that the client can see: an error event where an event stream can take one, else a connection
+closed before its end.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
@@ -41,6 +43,11 @@ HOP_BY_HOP = frozenset(
     )
 )
 REQUEST_ID = b"x-request-id"  # vLLM takes it as the request's name
+# vLLM's error once its core is dead, just before it ends: 500, or an event. The request can be sent
+# again, so its client is told that the engine is gone. Generated text has its quotes escaped.
+DEAD_WORDS = b"EngineCore encountered an issue"
+ENGINE_DEAD = re.compile(rb'"message": ?"' + DEAD_WORDS)
+MAX_ERROR_BYTES = 4096
 SWEEP_S = 1.0
 # Of a refused request's body, read so that its client can read the answer.
 DISCARD_S = 2.0
@@ -92,6 +99,7 @@ class Flight:
     tail: bytes = b""  # the last two bytes of the answer's body
     uploaded: bool = False  # the request's body has come whole
     slow: bool = False
+    engine_dead: bool = False  # as the engine said in the middle of a stream
     outcome: Outcome = Outcome.FAILED
     connection: Protocol | None = None
     upstream: Upstream | None = None
@@ -104,9 +112,23 @@ class Flight:
     def take(self, part: bytes) -> bool:
         """Pass on a part of an answer without a length; whether the client keeps up."""
         assert self.connection is not None
+        if DEAD_WORDS in part or self.engine_dead:
+            part = self._before_death(part)
+            if not part:
+                return True
         keeps_up = self.connection.write_chunk(part)
         self.count(part)
         return keeps_up
+
+    def _before_death(self, part: bytes) -> bytes:
+        """The events before the one that says that the engine is dead."""
+        if self.engine_dead:
+            return b""
+        found = ENGINE_DEAD.search(part) if self.is_stream else None
+        if found is None:
+            return part
+        self.engine_dead = True
+        return b"".join(part[: found.start()].rpartition(b"\n\n")[:2])
 
     def count(self, part: bytes) -> None:
         """Note that a part of the answer went its way."""
@@ -213,10 +235,10 @@ class Relay:
             await end_quietly(upload)
             await self._end_early(error, receive, send, flight)
         finally:
+            self.flights.discard(flight)  # first: whatever happens below, its place is free
             if flight.upstream:
                 flight.upstream.abort()
             await end_quietly(upload)
-            self.flights.discard(flight)
 
     def _request_headers(self, scope: Message, flight: Flight) -> Headers:
         headers = [h for h in kept_headers(scope["headers"]) if h[0] not in self._hidden]
@@ -257,6 +279,7 @@ class Relay:
 
     async def _pass_answer(self, upstream: Upstream, send: Send, flight: Flight) -> None:
         await upstream.head()
+        error = await self._read_error(upstream)
         flight.status = upstream.status
         flight.is_stream = any(
             name == b"content-type" and value.startswith(b"text/event-stream")
@@ -266,13 +289,32 @@ class Relay:
         headers.append((REQUEST_ID, flight.request_id.encode()))
         await send({"type": "http.response.start", "status": flight.status, "headers": headers})
         if any(name == b"content-length" for name, _ in headers) or not upstream.has_body:
-            while part := await upstream.read():
+            while part := error or await upstream.read():
+                error = b""
                 flight.count(part)
                 await self._send(send, flight, part)
         else:
             while not await upstream.pass_to(flight.take):
                 await self._send(send, flight, b"")
+            if flight.engine_dead:
+                raise EngineGone("the engine says that it is dead")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _read_error(self, upstream: Upstream) -> bytes:
+        """The body of an answer that may say that the engine is dead, b"" of all others.
+
+        Raises:
+            EngineGone: it does.
+        """
+        named = dict(upstream.headers).get(b"content-length", b"0")
+        if upstream.status != 500 or not 0 < int(named) <= MAX_ERROR_BYTES:
+            return b""
+        body = b""
+        while part := await upstream.read():
+            body += part
+        if ENGINE_DEAD.search(body):
+            raise EngineGone("the engine says that it is dead")
+        return body
 
     async def _send(self, send: Send, flight: Flight, part: bytes) -> None:
         """Send, and wait until the client takes more."""

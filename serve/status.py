@@ -15,6 +15,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from serve.admission import Admission
+from serve.allreduce_tier import AllReduce as TierOfCards
+from serve.allreduce_tier import Tier
 from serve.engine_metrics import EngineMetrics
 from serve.faults import FaultKind, Faults
 from serve.gpus import Gpu
@@ -112,12 +114,25 @@ class Mtp(BaseModel):
     fault: bool
 
 
+class Demoted(BaseModel):
+    """A tier that had a fault since this boot. at: ISO 8601, UTC."""
+
+    tier: Tier
+    reason: str
+    at: str
+
+
 class AllReduce(BaseModel):
-    """As the engine recorded them. tier: of our own all-reduce, where it is used."""
+    """As the engine recorded them. tier: of our own all-reduce, where it is used.
+
+    chosen: what the engine was started with, of two cards; demoted_from: oldest first.
+    """
 
     tensor_parallel_size: int | None
     paths: list[str] | None
     tier: str | None
+    chosen: Tier | None = None
+    demoted_from: list[Demoted] = []
 
 
 class FaultEntry(BaseModel):
@@ -182,6 +197,7 @@ class Parts:
     faults: Faults
     monitor: Monitor
     started_s: float
+    tier_of_cards: TierOfCards | None = None  # None: not two cards
 
 
 def build_status(parts: Parts, since_unix_s: float = 0.0) -> Status:
@@ -224,7 +240,7 @@ def build_status(parts: Parts, since_unix_s: float = 0.0) -> Status:
             prefix_hit_rate=ratio(metrics.prefix_hits, metrics.prefix_queries),
         ),
         mtp=mtp_entry(parts.profile.num_speculative_tokens, metrics, parts.faults),
-        all_reduce=all_reduce_entry(monitor.seen.record),
+        all_reduce=all_reduce_entry(monitor.seen.record, parts.tier_of_cards),
         gpus=monitor.seen.gpus,
         faults=[
             FaultEntry(
@@ -297,7 +313,9 @@ def mtp_entry(num_speculative_tokens: int, metrics: EngineMetrics, faults: Fault
     )
 
 
-def all_reduce_entry(record: dict[str, Any] | None) -> AllReduce:
+def all_reduce_entry(
+    record: dict[str, Any] | None, of_cards: TierOfCards | None = None
+) -> AllReduce:
     part = next((record[p] for p in ("target", "draft") if record and p in record), {})
     paths = part.get("all_reduce")
     tiers = [found[1] for path in paths or () if (found := TIER.search(path))]
@@ -305,6 +323,11 @@ def all_reduce_entry(record: dict[str, Any] | None) -> AllReduce:
         tensor_parallel_size=part.get("tensor_parallel_size"),
         paths=paths,
         tier=tiers[0] if tiers else None,
+        chosen=of_cards.choice.tier if of_cards else None,
+        demoted_from=[
+            Demoted(tier=d.tier, reason=d.reason, at=d.at)
+            for d in (of_cards.demotions if of_cards else ())
+        ],
     )
 
 

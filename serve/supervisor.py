@@ -1,7 +1,8 @@
 """The engine as a child: started, watched, ended as a whole, restarted with back-off.
 
 The child leads a process group of its own, so that what it started ends with it. Its output is
-passed on unchanged and read for the stage it is in.
+passed on unchanged and read for the stage it is in. Where the all-reduce of two cards ended it, the
+next life has another one.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import aiohttp
 
+from serve.allreduce_tier import Failure, Tiers
 from serve.faults import FaultKind, Faults
 from serve.http_errors import Refusal
 from serve.log import event
@@ -30,6 +32,7 @@ from serve.stages import Lines, Progress, Stage, read_line
 PR_SET_PDEATHSIG = 1
 READ_BYTES = 2**16
 TAIL_LINES = 2000
+OUTPUT_S = 5.0  # for what a dead engine printed to be read
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -37,7 +40,8 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 class Limits:
     """When the supervisor gives up, and how long it waits. All in seconds but max_ends."""
 
-    max_ends: int = 3  # unasked ends of the engine within window_s; the last is not restarted
+    # Unasked ends within window_s, those aside after which a tier was demoted; the last is final.
+    max_ends: int = 3
     window_s: float = 900.0
     back_off_s: float = 1.0  # doubled with each end within the window
     max_back_off_s: float = 60.0
@@ -48,11 +52,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class End:
-    """One unasked end of the engine."""
+    """One unasked end of the engine. counts: towards max_ends."""
 
     at_unix_s: float
     reason: str
     report: Path | None = None  # what was dumped before it was ended
+    counts: bool = True
 
 
 def in_child() -> None:
@@ -87,6 +92,7 @@ class Supervisor:
         socket_path: where the engine will listen.
         on_ready: called at each life's first ready.
         echo: takes the engine's output as it comes, in a thread.
+        tiers: of the all-reduce; None: a fault of one is an end as any.
     """
 
     def __init__(
@@ -98,6 +104,7 @@ class Supervisor:
         on_ready: Callable[[], None] = lambda: None,
         echo: Callable[[bytes], object] | None = None,
         faults: Faults | None = None,
+        tiers: Tiers | None = None,
     ) -> None:
         self.limits = limits or Limits()
         self.socket_path = socket_path
@@ -107,11 +114,12 @@ class Supervisor:
         self.num_lives = 0
         self.failure = ""
         self.pid = 0
-        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self.tail: deque[str] = deque(maxlen=TAIL_LINES)  # of this life's output
         self.dump: Callable[[], Awaitable[Path | None]] | None = None
         self._command, self._environment = command, environment
         self._on_ready = on_ready
         self._faults = faults or Faults()
+        self._tiers = tiers
         self._echo = echo or write_to_stdout
         self._stop = asyncio.Event()
         self._stalled: asyncio.Future[str] | None = None
@@ -174,11 +182,16 @@ class Supervisor:
             reason, report = await self._live()
             if self._stop.is_set():
                 break
-            self.ends.append(End(time.time(), reason, report))
             stalled = self._stalled is not None and self._stalled.done()
             kind = FaultKind.ENGINE_STALLED if stalled else FaultKind.ENGINE_ENDED
             self._faults.once(kind, reason)
-            recent = [e for e in self.ends if e.at_unix_s > time.time() - self.limits.window_s]
+            failure = self._change_tier(reason if stalled else "")
+            if failure:
+                reason += f"; all-reduce: {failure.said}"
+            counts = failure is None or failure.choice is None
+            self.ends.append(End(time.time(), reason, report, counts))
+            since = time.time() - self.limits.window_s
+            recent = [e for e in self.ends if e.counts and e.at_unix_s > since]
             if len(recent) >= self.limits.max_ends:
                 self.failure = (
                     f"{len(recent)} ends within {self.limits.window_s / 60:.0f} minutes; "
@@ -190,12 +203,23 @@ class Supervisor:
                 await self._stop.wait()
                 break
             self._enter(Stage.RESTARTING)
-            wait_s = self.limits.back_off_s * 2 ** (len(recent) - 1)
+            wait_s = self.limits.back_off_s * 2 ** max(0, len(recent) - 1)
             wait_s = min(wait_s, self.limits.max_back_off_s)
             self.say(f"{reason}; restart in {wait_s:g} s")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), wait_s)
         self._enter(Stage.STOPPED)
+
+    def _change_tier(self, stall: str) -> Failure | None:
+        """What the all-reduce had to do with the end; the next life starts with its answer."""
+        if self._tiers is None:
+            return None
+        failure = self._tiers.all_reduce.after_end(self.tail, stall)
+        if failure:
+            self._faults.once(FaultKind.ALL_REDUCE_FAILED, failure.said)
+        if failure and failure.choice:
+            self._command, self._environment = self._tiers.start(failure.choice)
+        return failure
 
     async def _live(self) -> tuple[str, Path | None]:
         """One life of the engine. Returns why it ended, and a report when it was ended for that."""
@@ -204,7 +228,8 @@ class Supervisor:
         self._enter(Stage.STARTING)
         self.socket_path.unlink(missing_ok=True)
         self._stalled = asyncio.get_running_loop().create_future()
-        process = await self._spawn()
+        self.tail = deque(maxlen=TAIL_LINES)
+        process, all_read = await self._spawn()
         self.pid = process.pid
         ended = asyncio.create_task(process.wait())
         stopping = asyncio.create_task(self._stop.wait())
@@ -215,6 +240,7 @@ class Supervisor:
                 (ended, stopping, self._stalled), return_when=asyncio.FIRST_COMPLETED
             )
             if ended.done():
+                self._enter(Stage.RESTARTING)
                 number = process.returncode
                 reason = f"the engine ended with exit status {number}"
                 if number < 0:
@@ -231,11 +257,18 @@ class Supervisor:
             await end_quietly(probe)
             signal_group(process.pid, signal.SIGKILL)  # also what a dead leader left behind
             await ended
-            await end_quietly(stopping)
             self.pid = 0
+            # With a limit: a process outside the group may hold the output open.
+            reading = asyncio.create_task(all_read.wait())
+            await asyncio.wait(
+                (reading, stopping), timeout=OUTPUT_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            await end_quietly(reading)
+            await end_quietly(stopping)
         return reason, report
 
-    async def _spawn(self) -> asyncio.subprocess.Process:
+    async def _spawn(self) -> tuple[asyncio.subprocess.Process, asyncio.Event]:
+        """The engine's process, and what is set when all of its output is in `tail`."""
         read_end, write_end = os.pipe()
         try:
             process = await asyncio.create_subprocess_exec(
@@ -253,11 +286,18 @@ class Supervisor:
         finally:
             os.close(write_end)
         # In a thread: where our own output is blocked, only the engine's waits, not the gateway.
-        loop = asyncio.get_running_loop()
-        threading.Thread(target=self._pump, args=(read_end, loop), daemon=True).start()
-        return process
+        all_read = asyncio.Event()
+        arguments = (read_end, asyncio.get_running_loop(), self.tail, all_read)
+        threading.Thread(target=self._pump, args=arguments, daemon=True).start()
+        return process, all_read
 
-    def _pump(self, read_end: int, loop: asyncio.AbstractEventLoop) -> None:
+    def _pump(
+        self,
+        read_end: int,
+        loop: asyncio.AbstractEventLoop,
+        tail: deque[str],
+        all_read: asyncio.Event,
+    ) -> None:
         lines = Lines()
         with open(read_end, "rb", buffering=0) as output:  # noqa: PTH123 (a descriptor)
             while data := output.read(READ_BYTES):
@@ -265,11 +305,15 @@ class Supervisor:
                     self._echo(data)
                 if whole := lines.feed(data):
                     with contextlib.suppress(RuntimeError):  # the loop is closed
-                        loop.call_soon_threadsafe(self._read, whole)
+                        loop.call_soon_threadsafe(self._read, whole, tail)
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(all_read.set)
 
-    def _read(self, lines: list[str]) -> None:
+    def _read(self, lines: list[str], tail: deque[str]) -> None:
+        tail.extend(lines)
+        if tail is not self.tail:  # of an earlier life: it says nothing of this one's stage
+            return
         for line in lines:
-            self.tail.append(line)
             if self.stage in (Stage.READY, Stage.DRAINING, Stage.RESTARTING, Stage.FAILED):
                 continue
             if seen := read_line(line):

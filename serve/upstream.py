@@ -193,7 +193,8 @@ class Upstream(asyncio.Protocol):
 
     def _write(self, data: bytes) -> None:
         if self._error or self._transport is None or self._transport.is_closing():
-            raise self._error or EngineGone("the engine closed the connection")
+            # Who waits for the answer gets the error that `abort` was given.
+            raise EngineGone("the connection was closed") from self._error
         self._transport.write(data)
 
     def _take(self) -> bytes:

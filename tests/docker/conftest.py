@@ -8,9 +8,21 @@ import time
 import pytest
 
 from tests.docker import own_engine
-from tests.docker.own_engine import ROOT, CannotRun, OwnEngine, say
+from tests.docker.own_engine import ROOT, CannotRun, OwnEngine
 
 BASE = "dsv4-test/base:1"
+
+
+@pytest.fixture(scope="session")
+def say(pytestconfig):
+    """say(line): print past pytest's capture, because these tests take minutes."""
+    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+
+    def write(line):
+        with capture.global_and_fixture_disabled():
+            print(f"  docker: {line}", flush=True)
+
+    return write
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +32,7 @@ def canary():
 
 
 @pytest.fixture(scope="session")
-def engine(tmp_path_factory, canary):
+def engine(tmp_path_factory, canary, say):
     """An engine with a base image and pip's settings; skipped, with the reason, where none runs."""
     folder = tmp_path_factory.mktemp("docker")
     try:
@@ -37,12 +49,12 @@ def engine(tmp_path_factory, canary):
             added = {"BASE": BASE, "TORCH_CPU_INDEX": "", "DOCKER_BUILD_FLAGS": flags}
             yield OwnEngine(started.environment | added)
     except CannotRun as error:
-        say(f"DOCKER TESTS ARE SKIPPED: {error}")
+        say(f"NOT TESTED, NO ENGINE CAN START: {error}")
         pytest.skip(f"no Docker engine: {error}")
 
 
 @pytest.fixture(scope="session")
-def build(engine, tmp_path_factory):
+def build(engine, tmp_path_factory, say):
     """build(target) -> what docker/image.py reports of it; each target is built once."""
     built = {}
 
@@ -51,8 +63,8 @@ def build(engine, tmp_path_factory):
             path = tmp_path_factory.mktemp("report") / "image.json"
             engine.run(sys.executable, "docker/image.py", target, "--report", path, timeout=900)
             built[target] = json.loads(path.read_text())
-            size, seconds = built[target]["size_bytes"] / 1e6, built[target]["build_s"]
-            say(f"{target}: {size:.0f} MB, built in {seconds:.0f} s")
+            size, times = built[target]["size_bytes"] / 1e6, built[target]
+            say(f"{target}: {size:.0f} MB, {times['build_s']} s, again {times['rebuild_s']} s")
         return built[target]
 
     return make

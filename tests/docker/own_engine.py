@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,9 +23,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 START_S = 30
-NEEDED = {"dockerd": "docker.io", "docker-compose": "docker-compose", "mmdebstrap": "mmdebstrap"}
 # Debian's: a newer client on PATH lacks the builder that Debian's has inside.
 DEBIAN_BIN = Path("/usr/bin")
+NEEDED = {
+    "dockerd": "docker.io",
+    f"{DEBIAN_BIN}/docker-compose": "docker-compose",
+    "mmdebstrap": "mmdebstrap",
+}
 NEEDED_GB = 12
 
 
@@ -126,7 +130,11 @@ def started(folder: Path) -> Iterator[OwnEngine]:
 
 
 def make_base(engine: OwnEngine, name: str) -> None:
-    """Import a minimal Debian as an image; with this machine's CA bundle if it has one."""
+    """Import a minimal Debian as an image; with this machine's CA bundle if it has one.
+
+    Raises:
+        CannotRun: no container can be started from it.
+    """
     hook = (
         [f"--customize-hook=copy-in {CA_BUNDLE} {CA_BUNDLE.parent}"] if CA_BUNDLE.exists() else []
     )
@@ -144,6 +152,9 @@ def make_base(engine: OwnEngine, name: str) -> None:
             check=True,
         )
     assert make.returncode == 0
+    said = engine.docker("run", "--rm", "--read-only", name, "echo", "it runs", check=False)
+    if "it runs" not in said:
+        raise CannotRun(f"dockerd starts, but no container: {said.strip().splitlines()[-1:]}")
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
@@ -171,10 +182,12 @@ def pip_settings(path: Path, canary: str) -> Iterator[Path]:
         for key in ("index-url", "extra-index-url", "find-links"):
             kept = []
             for place in found.get(key, "").split():
-                if key == "find-links" and Path(place).is_dir():
-                    kept.append(stack.enter_context(served(Path(place))))
-                elif place.startswith(("http://", "https://")):
+                folder = Path(place.removeprefix("file://"))
+                if place.startswith(("http://", "https://")):
                     kept.append(place)
+                elif folder.is_dir():
+                    # An index's links lead to folders beside it.
+                    kept.append(stack.enter_context(served(folder.parent)) + f"{folder.name}/")
             if kept:
                 lines.append(f"{key} = {' '.join(kept)}")
         if CA_BUNDLE.exists():
@@ -198,16 +211,12 @@ def served(folder: Path) -> Iterator[str]:
         server.server_close()
 
 
-def wait_until(what: str, check: object, timeout_s: float, poll_s: float = 0.5) -> float:
+def wait_until(
+    what: str, check: Callable[[], object], timeout_s: float, poll_s: float = 0.5
+) -> float:
     """Poll until `check()` is true; returns the seconds it took."""
     begin = time.monotonic()
     while not check():
         assert time.monotonic() - begin < timeout_s, f"{what}: not within {timeout_s:.0f} s"
         time.sleep(poll_s)
     return time.monotonic() - begin
-
-
-def say(lines: Sequence[str] | str) -> None:
-    """Print to the terminal, past pytest's capture: these tests take minutes."""
-    text = lines if isinstance(lines, str) else "\n".join(lines)
-    os.write(2, f"  {text}\n".encode())

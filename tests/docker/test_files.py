@@ -11,9 +11,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "docker"))
 
+import image  # noqa: E402
 import settings  # noqa: E402
 import stack  # noqa: E402
 
+from serve.doctor.checks import OLDEST_NCCL  # noqa: E402
 from serve.environment import read_env_file  # noqa: E402
 from serve.settings import all_settings, resolve  # noqa: E402
 from serve.supervisor import Limits  # noqa: E402
@@ -91,6 +93,17 @@ def test_both_images_have_the_same_version_of_what_both_have():
     assert len(cpu.keys() & cuda.keys()) > 100
 
 
+def test_the_gpu_image_has_an_nccl_that_the_doctor_takes_and_its_build_checks():
+    lock = (ROOT / "requirements" / "cuda.txt").read_text(encoding="utf-8")
+    override = (ROOT / "requirements" / "cuda-override.txt").read_text(encoding="utf-8")
+    [version] = re.findall(r"^nvidia-nccl-cu13==([0-9.]+) ", lock, re.MULTILINE)
+    assert f"nvidia-nccl-cu13=={version}\n" in override
+    assert tuple(map(int, version.split("."))) >= OLDEST_NCCL
+    major, minor, patch = OLDEST_NCCL
+    code = major * 10000 + minor * 100 + patch  # as ncclGetVersion says it
+    assert f"found.value >= {code}," in DOCKERFILE
+
+
 @pytest.mark.parametrize(
     ("cards", "toolkit", "profile", "reason"),
     [
@@ -115,11 +128,35 @@ def test_up_writes_env_once_and_never_changes_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stack, "choose", lambda: stack.Choice("gpu", "because"))
     assert stack.prepare()["COMPOSE_PROFILES"] == "gpu"
     assert "profile gpu: because" in capsys.readouterr().out
+    written = path.read_text(encoding="utf-8").splitlines()
+    assert {"COMPOSE_PROFILES=gpu", "CPU_SERVERS=0"} <= set(written)
     path.write_text("COMPOSE_PROFILES=cpu\nSERVE_PORT=9000\n", encoding="utf-8")
     known = stack.prepare()
     assert (known["COMPOSE_PROFILES"], known["SERVE_PORT"]) == ("cpu", "9000")
+    assert known["CPU_SERVERS"] == "1"
     assert "profile cpu (.env)" in capsys.readouterr().out
     assert path.read_text(encoding="utf-8") == "COMPOSE_PROFILES=cpu\nSERVE_PORT=9000\n"
+
+
+@pytest.mark.parametrize(
+    ("created_by", "shown"),
+    [
+        ("RUN /bin/sh -c apt-get  update # buildkit", "RUN apt-get update"),
+        ("RUN |2 A= B=1 /bin/sh -c pip install x # buildkit", "RUN pip install x"),
+        ("COPY . . # buildkit", "COPY . ."),
+        ("", "the base"),
+    ],
+)
+def test_layers_are_named_by_their_instruction(created_by, shown):
+    assert image.instruction(created_by) == shown
+
+
+def test_plain_compose_starts_the_cpu_service_alone(tmp_path):
+    (tmp_path / "empty.env").touch()
+    command = [Path(sys.executable).parent / "docker-compose", "--env-file", "empty.env"]
+    command += ["--file", ROOT / "docker-compose.yml", "config", "--services"]
+    done = subprocess.run(command, cwd=tmp_path, env={}, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["cpu"]
 
 
 def test_without_docker_one_line_says_so(monkeypatch, capsys):

@@ -70,15 +70,18 @@ class Engine:
     async def work(self, job: dict, send) -> None:
         """prefill_steps, step_s: steps before the first byte; uncounted: as vLLM's are.
         events, gap_s, size: what is streamed; parts: exact pieces before it (latin-1).
-        end: crash, hang, cut or stop, after the events. status: answer with it instead.
+        end: crash, hang, cut or stop, after the events. status: answer with it and message instead.
+        fails: what a worker says of the all-reduce; the engine ends a moment later.
         drafts, accepted: added to the counters of speculation.
         """
         self.drafts += job.get("drafts", 0)
         self.accepted += job.get("accepted", 0)
+        if "fails" in job:
+            print(f"(Worker pid=1) ERROR RuntimeError: {job['fails']}", flush=True)
+            asyncio.get_running_loop().call_later(0.1, os._exit, 1)
         if "status" in job:
-            await answer(
-                send, job["status"], json.dumps({"error": {"message": "told to"}}).encode()
-            )
+            error = {"error": {"message": job.get("message", "told to")}}
+            await answer(send, job["status"], json.dumps(error).encode())
             return
         for _ in range(job.get("prefill_steps", 0)):
             await asyncio.sleep(job.get("step_s", 0.01))

@@ -22,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 FAKE = Path(__file__).with_name("fake_engine.py")
 WAIT_S = 20.0
+JSON = {"Content-Type": "application/json"}  # vLLM refuses a body of any other type
 QUICK = {"back_off_s": 0.05, "stop_s": 1.0, "poll_s": 0.02}
 
 
@@ -63,12 +64,12 @@ class Front:
             return response.status, response.headers, response.read()
 
     def post(self, **job: Any) -> Any:
-        return self.ask("POST", "/v1/completions", job)
+        return self.ask("POST", "/v1/completions", job, JSON)
 
     def begin(self, **job: Any) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         """Send a request and read the head of its answer."""
         connection = self.connect()
-        connection.request("POST", "/v1/completions", json.dumps(job))
+        connection.request("POST", "/v1/completions", json.dumps(job), JSON)
         return connection, connection.getresponse()
 
     def readiness(self) -> dict[str, Any]:
@@ -136,6 +137,19 @@ def answers(front: Front) -> bool:
         return False
 
 
+def tiers_of(folder: Path, arms: dict[str, str], command: list[str], environment: dict[str, str]):
+    """Those of two cards of which the probe said `arms`: verdicts by name."""
+    from serve.allreduce_tier import AllReduce, Key, Known, Tiers
+
+    key = Key("boot", None, ("0000:01:00.0", "0000:21:00.0"))
+    said = {
+        "key": {"boot_id": key.boot_id, "driver": key.driver, "bus_ids": list(key.bus_ids)},
+        "arms": [{"arm": arm, "verdict": verdict, "reason": ""} for arm, verdict in arms.items()],
+    }
+    found = AllReduce(folder / "allreduce.json", Known(key, said), "auto", print)
+    return Tiers(found, lambda choice: (command, environment | choice.environment))
+
+
 def main() -> int:
     from serve import front
     from serve.keys import Access, read_keys
@@ -158,6 +172,11 @@ def main() -> int:
     profile = dataclasses.replace(load_profile("cpu-tiny"), **given.pop("profile", {}))
     if "admission" in given:
         given["admission"] = front.AdmissionLimits(**given["admission"])
+    environment = dict(os.environ) | {"PYTHONFAULTHANDLER": "1"}
+    tiers = None
+    if "probe" in given:
+        tiers = tiers_of(path.parent, given.pop("probe"), command, environment)
+        command, environment = tiers.start(tiers.all_reduce.choice)
     config = front.FrontConfig(
         host="127.0.0.1",
         socket_path=path.with_name("s"),
@@ -167,8 +186,7 @@ def main() -> int:
         **given,
     )
     sock = front.listen(config.host, config.port)
-    environment = dict(os.environ) | {"PYTHONFAULTHANDLER": "1"}
-    return front.run(front.serve(config, command, environment, sock))
+    return front.run(front.serve(config, command, environment, sock, tiers=tiers))
 
 
 if __name__ == "__main__":

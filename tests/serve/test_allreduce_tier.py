@@ -106,10 +106,10 @@ def test_an_unproven_tier_is_refused_whoever_asks(tier):
         choose(verdict(), "nvlink")
 
 
-def test_a_demoted_tier_is_not_used_even_if_asked_for_and_the_reason_says_so():
-    chosen = choose(verdict(), "vllm-custom", [Tier.VLLM_CUSTOM])
-    assert chosen.tier is Tier.NCCL_P2P
-    assert chosen.reason == "not vllm-custom: had a fault while it served"
+def test_a_demoted_tier_is_refused_if_asked_for_and_none_takes_its_place():
+    with pytest.raises(TierError, match="vllm-custom is asked for and demoted: it had a fault"):
+        choose(verdict(), "vllm-custom", [Tier.VLLM_CUSTOM])
+    assert choose(verdict(), "host-pinned", [Tier.VLLM_CUSTOM]).tier is Tier.HOST_PINNED
 
 
 def test_nccl_goes_over_peer_access_only_where_that_is_proven():
@@ -125,6 +125,18 @@ def test_nccl_goes_over_peer_access_only_where_that_is_proven():
     assert nccl(choose(verdict(pull="hang"))) == off  # peer-push is proven, NCCL's pull is not
     assert nccl(choose(verdict(), "auto", [Tier.PEER_PUSH])) == off
     assert nccl(choose(None)) == off
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("tier", Tier)
+def test_no_all_reduce_of_vllm_comes_before_the_tier(tier):
+    """Its communicator asks FlashInfer and symmetric memory first, which nothing has proven."""
+    from vllm import envs
+
+    switches = [n for n in envs.environment_variables if n.startswith("VLLM_ALLREDUCE_USE_")]
+    chosen = choose(verdict(), tier.value).environment
+    assert len(switches) == 3
+    assert [chosen.get(name) for name in switches] == ["0"] * 3
 
 
 def test_the_engine_is_told_its_tier_under_the_name_that_it_reads(monkeypatch):
@@ -218,24 +230,49 @@ def test_after_a_fault_the_next_life_is_one_tier_down_and_a_new_process_remember
     link = AllReduce(path, Known(KEY, result(pull="hang")), "auto", said.append)
     assert link.choice.tier is Tier.PEER_PUSH
     assert link.after_end(["Killed"]) is None
-    assert link.after_end(["a line", f"RuntimeError: {EXPIRED}"]).tier is Tier.HOST_PINNED
-    assert link.num_demotions == 1
+    failure = link.after_end(["a line", f"RuntimeError: {EXPIRED}"])
+    assert failure.choice.tier is Tier.HOST_PINNED
+    assert failure.said == f"peer-push is demoted to host-pinned: {EXPIRED}"
+    assert link.counts == {(Tier.PEER_PUSH, Tier.HOST_PINNED): 1}
+    assert [(d.tier, d.reason) for d in link.demotions] == [(Tier.PEER_PUSH, EXPIRED)]
     assert f"peer-push is demoted to host-pinned until the next boot; delete {path}" in said[-1]
     again = AllReduce(path, load(path, KEY, said.append), "auto", said.append)
     assert again.choice == link.choice
-    assert link.after_end([WRONG]).tier is Tier.NCCL_SHM
-    with pytest.raises(TierError, match="or all had faults"):
-        link.after_end([EXPIRED])
+    assert link.after_end([WRONG]).choice.tier is Tier.NCCL_SHM
+
+
+def test_the_last_tier_and_one_that_was_asked_for_are_not_demoted(tmp_path):
+    path = tmp_path / "link.json"
+    known = Known(KEY, result())
+    asked = AllReduce(path, known, "peer-push", print)
+    failure = asked.after_end([EXPIRED])
+    assert failure.choice is None
+    assert failure.said == f"peer-push was asked for and is not demoted: {EXPIRED}"
+    last = AllReduce(path, Known(KEY), "auto", print)
+    failure = last.after_end([EXPIRED])
+    assert failure.choice is None
+    assert failure.said == f"nccl-shm is the last tier and is not demoted: {EXPIRED}"
+    for link in (asked, last):
+        assert not link.counts
+        assert link.demotions == ()
+    assert not path.exists()  # the next start takes the same tier again
 
 
 def test_a_stall_counts_against_the_tiers_that_wait_for_ever(tmp_path):
     stall = "the engine made no progress for 120 s"
-    for tier, down in [(Tier.VLLM_CUSTOM, Tier.NCCL_P2P), (Tier.NCCL_P2P, Tier.HOST_PINNED)]:
-        link = AllReduce(tmp_path / tier, Known(KEY, result()), tier.value, print)
-        assert link.after_end([], stall).tier is down
-    for tier in (Tier.PEER_PUSH, Tier.HOST_PINNED, Tier.NCCL_SHM):
-        link = AllReduce(tmp_path / tier, Known(KEY, result()), tier.value, print)
-        assert link.after_end([], stall) is None
+    tiers = list(Tier)
+    for tier in tiers:
+        known = Known(KEY, result())
+        for other in tiers[: tiers.index(tier)]:
+            demote(known, other, EXPIRED)
+        link = AllReduce(tmp_path / tier, known, "auto", print)
+        assert link.choice.tier is tier
+        failure = link.after_end([], stall)
+        if tier in (Tier.VLLM_CUSTOM, Tier.NCCL_P2P):
+            assert failure.choice.tier is tiers[tiers.index(tier) + 1]
+            assert stall in failure.said
+        else:
+            assert failure is None
 
 
 def test_a_cache_that_cannot_be_written_is_said_and_stops_nothing(tmp_path):
@@ -243,7 +280,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_stops_nothing(tmp_path):
     (tmp_path / "file").write_text("")
     path = tmp_path / "file" / "link.json"
     link = AllReduce(path, Known(KEY, result()), "auto", said.append)
-    assert link.after_end([EXPIRED]).tier is Tier.VLLM_CUSTOM
+    assert link.after_end([EXPIRED]).choice.tier is Tier.VLLM_CUSTOM
     assert "cannot be written" in said[0]
 
 

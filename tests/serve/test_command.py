@@ -8,7 +8,7 @@ from serve.allreduce_tier import Tier
 from serve.command import vllm_command
 from serve.environment import CAPTURE_DIR, engine_environment
 from serve.errors import ConfigError
-from serve.profiles import KvCacheDtype, load_profile
+from serve.profiles import KvCacheDtype, load_profile, profile_names
 
 PROFILE = load_profile("cpu-tiny")
 
@@ -46,9 +46,19 @@ def test_each_profile_field_changes_its_flag(field, changed, flag, expected):
     assert value(command(replace(PROFILE, **{field: changed})), flag) == expected
 
 
-def test_enforce_eager_is_a_switch():
-    assert "--enforce-eager" in command()
-    assert "--enforce-eager" not in command(replace(PROFILE, enforce_eager=False))
+@pytest.mark.parametrize("field", ["enforce_eager", "enable_auto_tool_choice"])
+def test_each_switch_is_a_flag_that_comes_or_not(field):
+    flag = "--" + field.replace("_", "-")
+    assert flag in command(replace(PROFILE, **{field: True}))
+    assert flag not in command(replace(PROFILE, **{field: False}))
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_every_profile_reads_reasoning_and_tool_calls_of_this_model(name):
+    arguments = command(load_profile(name))
+    assert value(arguments, "--reasoning-parser") == "deepseek_v4"
+    assert value(arguments, "--tool-call-parser") == "deepseek_v4"
+    assert "--enable-auto-tool-choice" in arguments
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import serve.__main__ as cli
 from kernels.folder_lock import FolderLock
 from serve import allreduce_tier, engine
-from serve.allreduce_tier import FILE_NAME, Key, Known, save
+from serve.allreduce_tier import FILE_NAME, AllReduce, Key, Known, save
 from serve.environment import cache_path
 from serve.errors import EngineError
 from serve.shapes import flash_config
@@ -81,7 +81,7 @@ def test_the_gateway_runs_the_checked_command(started, checkpoint, monkeypatch):
     monkeypatch.setattr(cli, "run_front", lambda *given: calls.append(given) or 7)
     options = ["run", "--profile", "cpu-tiny", "--model", str(checkpoint), "--stall-timeout", "9"]
     assert cli.main(options) == 7
-    [(settings, _, _, command, env, uds, _)] = calls
+    [(settings, _, _, command, env, uds, *_)] = calls
     assert settings["stall_timeout"] == 9.0
     assert command[command.index("--uds") + 1] == str(uds)
     assert env["PYTHONFAULTHANDLER"] == "1"
@@ -120,6 +120,54 @@ def test_two_cards_reduce_as_the_probe_proved_and_without_a_proof_by_shared_memo
     assert "DSV4_ALLREDUCE_TIER" not in capsys.readouterr().out
     assert cli.main([*options, "--allreduce", "x"]) == 2
     assert "--allreduce = 'x'; must be one of auto, peer-push" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("profile", "has"),
+    [("cpu-tiny", "device = cpu"), ("524k", "device = cuda, tensor_parallel_size = 1")],
+)
+def test_an_all_reduce_that_is_asked_for_where_nothing_is_reduced_is_refused(
+    started, monkeypatch, capsys, profile, has
+):
+    options = ["run", "--profile", profile, "--dry-run"]
+    options += ["--tensor-parallel-size", "1"] if profile != "cpu-tiny" else []
+    monkeypatch.setenv("SERVE_ALLREDUCE", "host-pinned")
+    assert cli.main(options) == 2
+    said = capsys.readouterr().err
+    assert "allreduce = host-pinned (environment): " in said
+    assert has in said
+    monkeypatch.setenv("SERVE_ALLREDUCE", "auto")
+    assert cli.main(options) == 0
+
+
+def test_the_next_life_s_command_and_environment_are_those_of_its_tier(
+    started, tmp_path, monkeypatch
+):
+    key = Key("boot", "580.126.09", ("0000:01:00.0", "0000:21:00.0"))
+    arms = {"host-pinned": "healthy", "peer-push": "healthy", "peer-pull": "healthy"}
+    result = {
+        "key": {"boot_id": key.boot_id, "driver": key.driver, "bus_ids": list(key.bus_ids)},
+        "arms": [{"arm": arm, "verdict": said, "reason": ""} for arm, said in arms.items()],
+    }
+    found = AllReduce(tmp_path / FILE_NAME, Known(key, result), "auto", print)
+    calls = []
+    monkeypatch.setattr(cli, "choose_all_reduce", lambda *_, **__: found)
+    monkeypatch.setattr(cli, "run_front", lambda *given: calls.append(given) or 0)
+    for name in ("check_checkpoint", "check_engine", "check_split", "read_json"):
+        monkeypatch.setattr(cli, name, lambda *_: None)
+    monkeypatch.setenv("VLLM_API_KEY", "k" * 16)
+    assert cli.main(["run", "--profile", "524k"]) == 0
+    [(*_, command, env, _, _, tiers)] = calls
+    assert "kernels.nvidia.worker.Worker" in command
+    assert env["NCCL_P2P_LEVEL"] == "SYS"
+    failure = found.after_end(["all_reduce_oneshot: rank 0 waited 2.00 s for rank 1: "])
+    down, other = tiers.start(failure.choice)
+    removed = ["--disable-custom-all-reduce", "--worker-cls", "kernels.nvidia.worker.Worker"]
+    assert down == [word for word in command if word not in removed]
+    assert other["DSV4_ALLREDUCE_TIER"] == "vllm-custom"
+    assert other["NCCL_P2P_DISABLE"] == "1"
+    assert "NCCL_P2P_LEVEL" not in other
+    assert "VLLM_API_KEY" not in other
 
 
 def test_a_capture_is_bare_unless_the_gateway_is_asked_for(started, tmp_path, capsys):
@@ -194,8 +242,8 @@ def test_a_model_that_the_ranks_cannot_share_is_exit_status_3(
 ):
     """vLLM would round the groups of the output projection down, and answer nonsense."""
     probed = []
-    choice = allreduce_tier.choose(None)
-    monkeypatch.setattr(cli, "choose_all_reduce", lambda _, probe: probed.append(probe) or choice)
+    found = AllReduce(tmp_path / FILE_NAME, Known(Key("", None, ())), "auto", print)
+    monkeypatch.setattr(cli, "choose_all_reduce", lambda _, probe: probed.append(probe) or found)
     monkeypatch.setattr(cli, "check_checkpoint", lambda *_: None)
     monkeypatch.setattr(cli, "check_engine", lambda: None)
     config = flash_config() | {"o_groups": 7}
@@ -208,7 +256,7 @@ def test_a_model_that_the_ranks_cannot_share_is_exit_status_3(
     assert probed == []  # a probe takes minutes
     cli.main(arguments)
     [(_, _, env)] = started
-    assert env.items() >= choice.environment.items()
+    assert env.items() >= found.choice.environment.items()
     assert probed == [True]
 
 

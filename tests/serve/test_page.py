@@ -8,7 +8,8 @@ import pytest
 
 from serve.own_routes import PAGE, PAGE_HEADERS
 from tests.serve.browser import browsing, find_browser
-from tests.serve.front_process import running_front
+from tests.serve.front_process import running_front, wait_until
+from tests.serve.test_demotion import DEAD, EXPIRED, PROBE
 
 needs_browser = pytest.mark.skipif(find_browser() is None, reason="no Chromium on this machine")
 KEY = "page-0123456789abcdef"
@@ -69,6 +70,20 @@ def test_it_shows_the_service_without_an_error(front, page, size, dark):
     assert page.errors == []
     asked = {address.partition("?")[0] for address in page.urls}
     assert asked <= {f"{url}/status", f"{url}/status.json", "data:,"}
+
+
+@needs_browser
+def test_it_shows_the_tier_of_two_cards_and_what_it_was_demoted_from(tmp_path, page):
+    with running_front(tmp_path, [{}], probe=PROBE) as front:
+        front.wait_until_ready()
+        front.post(fails=EXPIRED, status=500, message=DEAD)
+        wait_until(lambda: len(front.lives) == 2, "the second life")
+        front.wait_until_ready()
+        page.open(f"http://127.0.0.1:{front.port}/status")
+        page.wait_until("!document.getElementById('main').hidden")
+        shown = page.evaluate("document.getElementById('engine').innerText")
+        assert re.search(r"tier\s+host-pinned\b", shown)
+        assert re.search(rf"demoted from\s+peer-push: {re.escape(EXPIRED)}", shown)
 
 
 @needs_browser

@@ -1,5 +1,6 @@
 """The relay, between real sockets: a front in a process, the fake engine behind it."""
 
+import asyncio
 import contextlib
 import gzip
 import http.client
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from serve.relay import is_work, kept_headers
+from serve.relay import ClientSlow, is_work, kept_headers
+from serve.upstream import EngineGone, Upstream
 from tests.serve.front_process import is_running, running_front, wait_until
 
 
@@ -247,3 +249,70 @@ def test_work_is_what_the_engine_computes_for():
     assert is_work("POST", "/v1/chat/completions")
     assert not is_work("GET", "/v1/models")
     assert not is_work("POST", "/tokenize")
+
+
+def test_a_request_that_ended_early_fails_for_one_reader_only(tmp_path):
+    """Else the upload would fail of a slow client, too, and its place never be free again."""
+
+    async def send_after_abort():
+        server = await asyncio.start_unix_server(lambda *_: None, tmp_path / "s")
+        async with server:
+            upstream = await Upstream.open(tmp_path / "s", "POST")
+            upstream.abort(ClientSlow())
+            with pytest.raises(EngineGone):
+                await upstream.send(b"x")
+            with pytest.raises(ClientSlow):
+                await upstream.head()
+
+    asyncio.run(send_after_abort())
+
+
+def until_closed(sock):
+    parts = []
+    while part := sock.recv(65536):
+        parts.append(part)
+    return b"".join(parts)
+
+
+@pytest.fixture(scope="module")
+def hasty(tmp_path_factory):
+    """A front that waits for nobody."""
+    with running_front(tmp_path_factory.mktemp("f"), [{}], slow_client_s=0.5) as front:
+        front.wait_until_ready()
+        yield front
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"", None),
+        (b"GET /livez HTTP/1.1\r\nHost: x\r\n", b"408"),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{", b"408"),
+    ],
+)
+def test_a_connection_without_a_whole_request_is_closed(hasty, sent, status):
+    with socket.create_connection(("127.0.0.1", hasty.port), timeout=5) as sock:
+        sock.sendall(sent)
+        answer = until_closed(sock)
+        assert answer.count(b"HTTP/1.1 ") == bool(status)
+        assert answer[9:12] == (status or b"")
+
+
+def test_ends_of_lines_between_requests_do_not_hold_a_connection(hasty):
+    with socket.create_connection(("127.0.0.1", hasty.port), timeout=5) as sock:
+        sock.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert sock.recv(1000).startswith(b"HTTP/1.1 200 ")
+        sock.sendall(b"\r\n")
+        assert until_closed(sock) == b""
+
+
+@pytest.mark.parametrize("wrong", [b"", b"\r\nno header\r\n\r\n"])
+@pytest.mark.parametrize("size", [66_000, 400_000])
+def test_a_head_that_is_too_long_is_431_once(front, size, wrong):
+    with socket.create_connection(("127.0.0.1", front.port), timeout=5) as sock:
+        with contextlib.suppress(OSError):  # closed before it has come whole
+            sock.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nX-A: " + b"a" * size + wrong)
+        with contextlib.suppress(ConnectionResetError):
+            answer = until_closed(sock)
+            assert answer[9:12] == b"431" or wrong and answer[9:12] == b"400"
+            assert answer.count(b"HTTP/1.1 ") == 1

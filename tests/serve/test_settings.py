@@ -6,7 +6,7 @@ import pytest
 from serve.environment import our_variables, read_env_file
 from serve.errors import ConfigError
 from serve.profiles import Profile, load_profile
-from serve.settings import Source, add_flags, all_settings, resolve
+from serve.settings import Source, add_flags, all_settings, boolean, resolve
 
 CPU, CUDA = {"profile": "cpu-tiny"}, {"profile": "524k"}
 
@@ -67,7 +67,7 @@ def test_the_profile_may_come_from_the_environment():
 def test_each_setting_has_a_flag(setting):
     parser = argparse.ArgumentParser()
     add_flags(parser)
-    words = [setting.flag] if setting.name in ("enforce_eager", "thinking") else [setting.flag, "1"]
+    words = [setting.flag] if setting.parse is boolean else [setting.flag, "1"]
     assert getattr(parser.parse_args(words), setting.name) is not None
     assert getattr(parser.parse_args([]), setting.name) is None
 
