@@ -48,6 +48,7 @@ REQUEST_ID = b"x-request-id"  # vLLM takes it as the request's name
 DEAD_WORDS = b"EngineCore encountered an issue"
 ENGINE_DEAD = re.compile(rb'"message": ?"' + DEAD_WORDS)
 MAX_ERROR_BYTES = 4096
+LAST_EVENT = b"data: [DONE]\n\n"
 SWEEP_S = 1.0
 # Of a refused request's body, read so that its client can read the answer.
 DISCARD_S = 2.0
@@ -96,7 +97,7 @@ class Flight:
     num_bytes_out: int = 0
     status: int = 0
     is_stream: bool = False
-    tail: bytes = b""  # the last two bytes of the answer's body
+    tail: bytes = b""  # of the answer's body, as long as LAST_EVENT
     uploaded: bool = False  # the request's body has come whole
     slow: bool = False
     engine_dead: bool = False  # as the engine said in the middle of a stream
@@ -135,7 +136,8 @@ class Flight:
         if not self.first_byte_s and not part.startswith(b":"):
             self.first_byte_s = time.monotonic()
         self.num_bytes_out += len(part)
-        self.tail = (part if len(part) > 1 else self.tail + part)[-2:]
+        size = len(LAST_EVENT)
+        self.tail = part[-size:] if len(part) >= size else (self.tail + part)[-size:]
 
 
 def is_work(method: str, path: str) -> bool:
@@ -331,6 +333,8 @@ class Relay:
         flight.outcome = Outcome.ENGINE_LOST
         if isinstance(error, ClientGone):
             flight.outcome = Outcome.CLIENT_SLOW if flight.slow else Outcome.CLIENT_GONE
+            if flight.tail == LAST_EVENT:  # OpenAI's client leaves there
+                flight.outcome = Outcome.DONE
             return
         if isinstance(error, BodyTooLarge):
             refusal = Refusal(413, f"the body has more than {self._max_body_bytes} bytes")
@@ -340,7 +344,7 @@ class Relay:
             flight.outcome = Outcome.CLIENT_SLOW
         if not flight.status:
             await answer(refusal, flight, receive, send)
-        elif flight.is_stream and flight.tail in (b"", b"\n\n"):
+        elif flight.is_stream and (not flight.tail or flight.tail.endswith(b"\n\n")):
             await send({"type": "http.response.body", "body": refusal.event(flight.path)})
         elif flight.connection:
             # Closed without the end that the client waits for; what was sent still arrives.

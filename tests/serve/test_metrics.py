@@ -82,6 +82,16 @@ def test_a_request_is_counted_timed_and_measured(front):
     assert whole >= 0.1
 
 
+def test_a_client_that_leaves_after_the_last_event_had_its_answer(front):
+    key = (OURS + "requests_total", (("outcome", "done"), ("status", "200")))
+    before = samples(page_of(front)).get(key, 0)
+    connection, response = front.begin(parts=["data: {}\n\ndata: [DONE]\n\n"], gap_s=60)
+    with contextlib.closing(connection), contextlib.closing(response):
+        while b"[DONE]" not in response.readline():
+            pass
+    wait_until(lambda: samples(page_of(front)).get(key, 0) == before + 1, "counted")
+
+
 def test_gauges_show_what_is_so_now(front):
     connection, _ = front.begin(events=10_000, gap_s=0.01)
     with contextlib.closing(connection):

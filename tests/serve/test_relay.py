@@ -303,7 +303,7 @@ def test_ends_of_lines_between_requests_do_not_hold_a_connection(hasty):
         sock.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
         assert sock.recv(1000).startswith(b"HTTP/1.1 200 ")
         sock.sendall(b"\r\n")
-        assert until_closed(sock) == b""
+        assert b"HTTP/1.1 " not in until_closed(sock)  # only what is left of the answer
 
 
 @pytest.mark.parametrize("wrong", [b"", b"\r\nno header\r\n\r\n"])
