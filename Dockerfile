@@ -20,6 +20,10 @@ RUN apt-get update \
 ENV PATH=/opt/venv/bin:$PATH PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 
 FROM cpu-base AS cpu-dependencies
+# TorchInductor's compiler, for whoever turns enforce_eager off.
+RUN apt-get update \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends g++ python3-dev \
+    && rm -rf /var/lib/apt/lists/* /var/log/* /var/cache/ldconfig/aux-cache
 ARG TORCH_CPU_INDEX
 COPY requirements/torch-cpu.txt requirements/cpu.txt /src/requirements/
 # /run/secrets/pip is a pip.conf of the machine that builds, where it needs one; no layer keeps it.
@@ -48,8 +52,9 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 USER 2000:2000
 EXPOSE 8000
 ENTRYPOINT ["tini", "--", "python", "-m", "vllm_router.launch_router"]
-HEALTHCHECK --interval=5s --timeout=5s --start-period=2m --retries=3 \
-    CMD ["python", "-S", "/opt/dsv4-maxq/docker/health.py", "/health"]
+# It listens once every server is ready, which takes a GPU server minutes; then one is enough.
+HEALTHCHECK --interval=5s --timeout=5s --start-period=30m --retries=3 \
+    CMD ["python", "-S", "/opt/dsv4-maxq/docker/health.py", "/readiness"]
 
 # --- gpu ------------------------------------------------------------------------------------------
 FROM ${GPU_BASE} AS gpu-base
@@ -67,6 +72,10 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=pip,target=/run/secrets/pip \
     PIP_CONFIG_FILE=/run/secrets/pip \
     pip install --no-deps --only-binary=:all: --require-hashes -r /src/requirements/cuda.txt
+# By its name: the one that torch has loaded. torch.cuda.nccl.version() is that of torch's headers.
+RUN python -c 'import ctypes, torch; found = ctypes.c_int(); \
+    ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(found)); \
+    assert found.value >= 23004, f"NCCL {found.value}; 23004 or newer is needed"'
 
 FROM gpu-base AS gpu-engine
 COPY patches /src/patches
@@ -86,12 +95,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m kernels.build --arch sm_90 sm_120a --install
 
 # --- the images -----------------------------------------------------------------------------------
-FROM cpu-base AS cpu
-# TorchInductor's compiler, for whoever turns enforce_eager off.
-RUN apt-get update \
-    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends g++ python3-dev \
-    && rm -rf /var/lib/apt/lists/* /var/log/* /var/cache/ldconfig/aux-cache
-COPY --from=cpu-dependencies /opt/venv /opt/venv
+FROM cpu-dependencies AS cpu
 COPY --from=cpu-engine /opt/engine/lib /opt/venv/lib
 WORKDIR /opt/dsv4-maxq
 COPY . .
@@ -114,8 +118,7 @@ LABEL org.opencontainers.image.title="dsv4-maxq" \
     dsv4-maxq.vllm.version="${VLLM_VERSION}" \
     dsv4-maxq.series.sha256="${SERIES_SHA256}"
 
-FROM gpu-base AS gpu
-COPY --from=gpu-dependencies /opt/venv /opt/venv
+FROM gpu-dependencies AS gpu
 COPY --from=gpu-engine /opt/engine/lib /opt/venv/lib
 WORKDIR /opt/dsv4-maxq
 COPY . .

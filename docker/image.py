@@ -2,7 +2,8 @@
 
     python docker/image.py [cpu | gpu | router] [--lock] [--report FILE]
 
-Steps: read the pin -> find the base's digest -> docker build -> table of layers -> SBOM.
+Steps: read the pin -> find the base's digest -> docker build -> table of layers -> SBOM. --report
+builds a second time, which shows what a build costs where nothing changed.
 A base without a digest in docker/bases.json is pulled by its name, and the digest found is built
 from; --lock writes it into the file. IMAGE names the result (dsv4-maxq), DOCKER the client, BASE
 another base; DOCKER_BUILD_FLAGS is added to `docker build`, for example
@@ -14,11 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 import engine  # noqa: E402
 import sbom  # noqa: E402
 
-from bench.provenance import checkout, series_sha256  # noqa: E402
+from bench.provenance import checkout, cpu_model, series_sha256  # noqa: E402
 
 BASES = HERE / "bases.json"
 SBOM_FOLDER = ROOT / "build" / "sbom"
@@ -143,7 +146,7 @@ def layers(image: str) -> list[Layer]:
 def instruction(created_by: str) -> str:
     """An instruction as people know it, on one line."""
     text = " ".join(created_by.removesuffix("# buildkit").split())
-    return text.replace("RUN /bin/sh -c ", "RUN ") or "the base"
+    return re.sub(r"^RUN (\|\d+ .*? )?/bin/sh -c ", "RUN ", text) or "the base"
 
 
 def table(target: str, found: list[Layer], seconds: float) -> str:
@@ -155,15 +158,38 @@ def table(target: str, found: list[Layer], seconds: float) -> str:
     return "\n".join(lines)
 
 
-def report(
-    target: str, found: list[Layer], seconds: float, labels: dict[str, str]
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a build and of the next, and the steps that the cache held before both."""
+
+    build_s: float
+    rebuild_s: float
+    cached_steps_before: int
+
+
+def cached_steps() -> int:
+    """How many build steps the engine could reuse: 0 of an engine that never built."""
+    rows = engine.ask("system", "df", "--format", "{{.Type}}\t{{.TotalCount}}").splitlines()
+    counts = dict(row.split("\t") for row in rows)
+    return int(counts["Build Cache"])
+
+
+def report(target: str, found: list[Layer], times: Times, labels: dict[str, str]) -> dict[str, Any]:
     """What --report writes."""
     return {
         "schema_version": 1,
+        "provenance": {
+            **checkout(ROOT),
+            "device": cpu_model(),
+            "cores": len(os.sched_getaffinity(0)),
+            "engine": engine.ask("version", "--format", "{{.Server.Version}}").strip(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
         "target": target,
         "labels": labels,
-        "build_s": round(seconds, 1),
+        "build_s": round(times.build_s, 1),
+        "rebuild_s": round(times.rebuild_s, 1),
+        "cached_steps_before": times.cached_steps_before,
         "size_bytes": sum(layer.size_bytes for layer in found),
         "layers": [asdict(layer) for layer in found],
     }
@@ -173,7 +199,9 @@ def run(arguments: argparse.Namespace) -> None:
     """find_base -> build -> layers -> sbom."""
     target = arguments.target
     base = find_base(target, arguments.lock)
-    seconds = build(target, build_arguments(target, base))
+    before = cached_steps()
+    given = build_arguments(target, base)
+    seconds = build(target, given)
     image = image_name(target)
     found = layers(image)
     print(table(target, found, seconds))
@@ -183,7 +211,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.report:
         known = engine.inspect(image)
         assert known is not None
-        data = report(target, found, seconds, known["Config"]["Labels"])
+        times = Times(seconds, build(target, given), before)
+        data = report(target, found, times, known["Config"]["Labels"])
         partial = arguments.report.with_suffix(".partial")
         partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         partial.replace(arguments.report)

@@ -42,7 +42,11 @@ HEADER = """\
 # --- compose ---
 # cpu: the tiny model, any machine. gpu: two cards, the NVIDIA container toolkit.
 # fleet, fleet-cpu: vLLM's router before several servers (docs/fleet.md).
+# bench: a service for `docker compose run --rm bench`, beside one of these.
+# monitoring: Prometheus and Grafana with the dashboard, as in COMPOSE_PROFILES=cpu,monitoring.
 COMPOSE_PROFILES=cpu
+# 0 with gpu, fleet and fleet-cpu: else the server of cpu starts, too.
+CPU_SERVERS=1
 COMPOSE_PROJECT_NAME=dsv4-maxq
 # Indexes or UUIDs of the two cards, as nvidia-smi -L lists them.
 # GPU_0=0
@@ -53,6 +57,10 @@ COMPOSE_PROJECT_NAME=dsv4-maxq
 # START_PERIOD=30m
 # Name of the images; each target is a tag.
 # IMAGE=dsv4-maxq
+# PROMETHEUS_PORT=9090
+# GRAFANA_PORT=3000
+# The image that `bench` runs in: cpu or gpu.
+# BENCH_IMAGE=cpu
 # Servers behind the router of the profile fleet.
 # FLEET_WORKERS=http://host-a:8000 http://host-b:8000
 """

@@ -1,9 +1,10 @@
 """Start, stop and watch the containers: what `make up`, `make down` and `make logs` call.
 
-    python docker/stack.py up | down | logs
+    python docker/stack.py up [--report FILE] | down | logs
 
 `up`: choose cpu or gpu and say why -> write .env where there is none -> build the image where there
-is none -> docker compose up -> show the stage until the server is ready. Standard library only.
+is none -> docker compose up -> show the stage until the server is ready. --report adds the seconds
+from `docker compose up` to ready to FILE, a report of docker/image.py. Standard library only.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ import engine  # noqa: E402
 import settings  # noqa: E402
 
 PROFILES_VARIABLE = "COMPOSE_PROFILES"
-ALL_PROFILES = ("cpu", "gpu", "fleet", "fleet-cpu")
+CPU_VARIABLE = "CPU_SERVERS"
+INSTEAD_OF_CPU = {"gpu", "fleet", "fleet-cpu"}
+ALL_PROFILES = ("cpu", "gpu", "fleet", "fleet-cpu", "bench", "monitoring")
 IMAGES = {
     "cpu": ("cpu",),
     "gpu": ("gpu",),
@@ -111,40 +114,56 @@ def prepare() -> dict[str, str]:
     if known.get(PROFILES_VARIABLE):
         where = "the environment" if PROFILES_VARIABLE in os.environ else ".env"
         print(f"up: profile {known[PROFILES_VARIABLE]} ({where})", flush=True)
-        return known
+        return known | selection(known[PROFILES_VARIABLE])
     choice = choose()
     print(f"up: profile {choice.profile}: {choice.reason}", flush=True)
     if not ENV_FILE.exists():
-        text = settings.env_example()
-        text = text.replace(f"{PROFILES_VARIABLE}=cpu", f"{PROFILES_VARIABLE}={choice.profile}")
+        text, default = settings.env_example(), selection("cpu")
+        for name, value in selection(choice.profile).items():
+            text = text.replace(f"{name}={default[name]}\n", f"{name}={value}\n")
         partial = ENV_FILE.with_name(".env.partial")
         partial.write_text(text, encoding="utf-8")
         partial.replace(ENV_FILE)
         print("up: wrote .env; its settings are explained there", flush=True)
         return variables()
-    return known | {PROFILES_VARIABLE: choice.profile}
+    return known | selection(choice.profile)
 
 
-def up() -> int:
-    """prepare -> images -> compose up -> wait_until_ready."""
+def selection(profiles: str) -> dict[str, str]:
+    """What compose needs to start these profiles and nothing else."""
+    others = INSTEAD_OF_CPU.intersection(profiles.split(","))
+    return {PROFILES_VARIABLE: profiles, CPU_VARIABLE: "0" if others else "1"}
+
+
+def up(report: Path | None = None) -> int:
+    """prepare -> images -> compose up -> wait_until_ready -> the time into the report."""
     known = prepare()
-    profiles = known[PROFILES_VARIABLE].split(",")
+    data = json.loads(report.read_text(encoding="utf-8")) if report else {}
+    profiles = known[PROFILES_VARIABLE].split(",") + ["cpu"] * int(known[CPU_VARIABLE])
     name = known.get("IMAGE", "dsv4-maxq")
     for target in dict.fromkeys(image for p in profiles for image in IMAGES.get(p, ())):
         if engine.inspect(f"{name}:{target}") is None:
             build = [sys.executable, str(HERE / "image.py"), target]
             if code := subprocess.run(build, env=known, check=False).returncode:
                 return code
+    begin = time.monotonic()
     command = [*engine.compose(), "up", "--detach", "--no-build"]
     if code := subprocess.run(command, cwd=ROOT, env=known, check=False).returncode:
         return code
     host = known.get("SERVE_HOST", "")
-    return wait_until_ready(LOOPBACK.get(host, host), int(known.get("SERVE_PORT") or 8000))
+    address = LOOPBACK.get(host, host), int(known.get("SERVE_PORT") or 8000)
+    code = wait_until_ready(*address, begin)
+    if report and code == 0:
+        data["up_to_ready_s"] = round(time.monotonic() - begin, 1)
+        partial = report.with_suffix(".partial")
+        partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        partial.replace(report)
+    return code
 
 
-def wait_until_ready(host: str, port: int) -> int:
-    """Show the server's stage until it is ready (0) or has given up (1)."""
-    begin, shown = time.monotonic(), ""
+def wait_until_ready(host: str, port: int, begin: float) -> int:
+    """Show the stage and the seconds since `begin` until the server is ready (0) or failed (1)."""
+    shown = ""
     while True:
         ready, said = ask_ready(host, port)
         if said != shown:
@@ -191,14 +210,15 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(prog="stack.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("command", choices=("up", "down", "logs"))
+    parser.add_argument("--report", type=Path, metavar="FILE", help="of `make image REPORT=FILE`")
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "up":
-            return up()
+            return up(arguments.report)
         if arguments.command == "down":
             return compose("down")
         return compose("logs", "--follow", "--tail", "100")
-    except engine.DockerError as error:
+    except (engine.DockerError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
