@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from bench import metrics
 from bench.load import intervals, markdown, origin, stream, trace
 from bench.load import run as run_module
@@ -168,7 +170,7 @@ def run(config: LoadConfig, sizes: Sizes, output: Path, api_key: str | None) -> 
     """
     if output.exists():
         raise LoadError(f"{output}: exists; a result is written once")
-    head, pairs = asyncio.run(measure(config, sizes, api_key))
+    head, pairs = uvloop.run(measure(config, sizes, api_key))
     summary = summarize(pairs, config.seed)
     result = {
         "schema_version": SCHEMA_VERSION,

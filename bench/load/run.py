@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import uvloop
 
 from bench.load import config as config_module
 from bench.load import corpus, html, markdown, origin, result
@@ -230,7 +231,7 @@ def run(
     if journal is None and files.journal.exists():
         raise LoadError(f"{files.journal}: exists; go on with --resume, or remove it")
     try:
-        measured = asyncio.run(measure(config, files, api_key, journal))
+        measured = uvloop.run(measure(config, files, api_key, journal))
     except BaseException as error:
         if files.journal.exists():
             report_partial(config, files, go_on or files.journal)

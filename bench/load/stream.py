@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import aiohttp
+import msgspec
 
 from bench.load.trace import Chunk, Kind, Speculation, Trace
 
@@ -128,7 +129,7 @@ class Stream:
             self._ended = True
             return
         try:
-            event = json.loads(payload.decode())  # of bytes it would guess the encoding first
+            event = msgspec.json.decode(payload)  # a quarter of the time of json's
             if "error" in event:
                 failure = event["error"]
                 message = failure.get("message") if isinstance(failure, dict) else failure

@@ -19,6 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar
 
+import uvloop
+
 from bench import provenance
 from bench.load import run as run_module
 from bench.load import stream
@@ -142,6 +144,6 @@ def main(path: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--client":
-        print(json.dumps(asyncio.run(_read_streams(sys.argv[2]))))
+        print(json.dumps(uvloop.run(_read_streams(sys.argv[2]))))
     else:
         main(Path(sys.argv[1]))
