@@ -41,6 +41,8 @@ def vllm_command(
     command += ["--tool-call-parser", profile.tool_call_parser.value]
     if profile.enable_auto_tool_choice:
         command += ["--enable-auto-tool-choice"]
+    if profile.enable_scale_out:
+        command += ["--enable-scale-out"]
     command += ["--default-chat-template-kwargs", json.dumps({"thinking": profile.thinking})]
     command += ["--max-model-len", str(profile.max_model_len)]
     command += ["--max-num-seqs", str(profile.max_num_seqs)]

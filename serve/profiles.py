@@ -65,6 +65,7 @@ class Profile:
     reasoning_parser: ReasoningParser
     tool_call_parser: ToolCallParser
     enable_auto_tool_choice: bool
+    enable_scale_out: bool
     thinking: bool
     cpu_kv_cache_gib: int = 0
     cpu_num_threads: int = 0

@@ -142,7 +142,8 @@ class Flight:
 
 def is_work(method: str, path: str) -> bool:
     """Whether the engine must compute for it: what a drain waits for and the watchdog counts."""
-    return method == "POST" and not path.startswith(("/tokenize", "/detokenize", "/ping"))
+    is_of_text = path.startswith(("/tokenize", "/detokenize", "/ping")) or path.endswith("/render")
+    return method == "POST" and not is_of_text
 
 
 def announced_bytes(scope: Message) -> int:

@@ -46,7 +46,7 @@ def test_each_profile_field_changes_its_flag(field, changed, flag, expected):
     assert value(command(replace(PROFILE, **{field: changed})), flag) == expected
 
 
-@pytest.mark.parametrize("field", ["enforce_eager", "enable_auto_tool_choice"])
+@pytest.mark.parametrize("field", ["enforce_eager", "enable_auto_tool_choice", "enable_scale_out"])
 def test_each_switch_is_a_flag_that_comes_or_not(field):
     flag = "--" + field.replace("_", "-")
     assert flag in command(replace(PROFILE, **{field: True}))

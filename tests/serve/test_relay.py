@@ -249,6 +249,7 @@ def test_work_is_what_the_engine_computes_for():
     assert is_work("POST", "/v1/chat/completions")
     assert not is_work("GET", "/v1/models")
     assert not is_work("POST", "/tokenize")
+    assert not is_work("POST", "/v1/chat/completions/render")
 
 
 def test_a_request_that_ended_early_fails_for_one_reader_only(tmp_path):
