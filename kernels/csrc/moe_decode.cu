@@ -165,16 +165,20 @@ struct UpWork {
   }
 };
 
+// How gate + up begins: after this the ids may be read, and down finds its counters at zero.
+__device__ __forceinline__ void begin_up(const Decode& args, Shared<1>& shared) {
+  clear_zeros(shared);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  if (blockIdx.x == 0 && blockIdx.y == 0)
+    for (int i = threadIdx.x; i < args.moe.w2.blocks; i += kThreads) args.down.counter[i] = 0;
+}
+
 __global__ void __launch_bounds__(kThreads, 2) decode_up(const __grid_constant__ Decode args) {
   extern __shared__ __align__(16) uint8_t dynamic[];
   Shared<1>& shared = *(Shared<1>*)dynamic;
   const Moe& moe = args.moe;
-  clear_zeros(shared);
-
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  if (blockIdx.x == 0 && blockIdx.y == 0)
-    for (int i = threadIdx.x; i < moe.w2.blocks; i += kThreads) args.down.counter[i] = 0;
+  begin_up(args, shared);
   Expert found = find_expert(moe, blockIdx.y);
   if (found.id < 0) return;
   UpWork work = {args, found, moe.w13, moe.w13.groups};
@@ -309,12 +313,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   Shared<1>& shared = *(Shared<1>*)dynamic;
   __shared__ Chosen chosen;
   const Moe& moe = args.moe;
-  clear_zeros(shared);
-
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  if (blockIdx.x == 0 && blockIdx.y == 0)
-    for (int i = threadIdx.x; i < moe.w2.blocks; i += kThreads) args.down.counter[i] = 0;
+  begin_up(args, shared);
   const Votes votes = vote(moe);
   const int outers = divide_up(votes.count - (int)blockIdx.y, (int)gridDim.y);
   if (outers <= 0) return;
