@@ -70,6 +70,7 @@ def run_script(script: str, job: Path, result: Path, env: dict[str, str]) -> str
         # One process starts in 8 s, three in 30 s; the demo's server runs the usual three.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else two engines may share one core
         "HF_HUB_OFFLINE": "1",
         **env,
     }

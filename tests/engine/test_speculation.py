@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("vllm")
 
+from bench.eval.stats import mcnemar_loss
 from bench.near_ties import first_difference
 from tests.engine.engine import CHECKPOINT, ROOT, EngineRun, request
 from tiny import data, export, tokenizer
@@ -19,6 +20,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 OUTPUT_TOKENS = 64
 DEPTHS = (1, 2, 3)
+# Of a false alarm, per depth: the engine repeats itself on one kind of CPU, not on the next.
+CHANCE = 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +57,20 @@ def gap(logprobs: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def noise(run_engine, requests, plain_run) -> float:
-    """How far the gap moves between two batch shapes of one engine: alone, or eight at a time."""
-    few = requests[:16]
-    alone = run_engine(CHECKPOINT, few, max_num_seqs=1)
+def control(run_engine, requests) -> EngineRun:
+    """Without speculation, in another batch shape: what rounding alone does to the texts."""
+    return run_engine(CHECKPOINT, requests, max_num_seqs=3)
+
+
+@pytest.fixture(scope="module")
+def noise(requests, plain_run, control) -> float:
+    """How far the gap moves between the two batch shapes."""
     moved = []
-    for i in range(len(few)):
-        at = first_difference(plain_run.tokens(i), alone.tokens(i))
+    for i in range(len(requests)):
+        at = first_difference(plain_run.tokens(i), control.tokens(i))
         # Up to the first difference, and there, both runs have the same context.
         same = slice(0, OUTPUT_TOKENS if at is None else at + 1)
-        moved.append(gap(plain_run.logprobs(i)[same]) - gap(alone.logprobs(i)[same]))
+        moved.append(gap(plain_run.logprobs(i)[same]) - gap(control.logprobs(i)[same]))
     return torch.cat(moved).abs().max().item()
 
 
@@ -78,12 +85,17 @@ def parted(plain: EngineRun, other: EngineRun, count: int) -> list[tuple[int, in
 
 
 @pytest.mark.parametrize("k", DEPTHS)
-def test_speculation_does_not_change_the_text(plain_run, mtp_runs, prompts, noise, k):
-    """Where texts part, the two best tokens must have been closer than the measured noise."""
+def test_speculation_does_not_change_the_text(plain_run, mtp_runs, control, prompts, noise, k):
+    """Texts may part at near-ties, and no more of them than part by another batch shape alone."""
     differences = parted(plain_run, mtp_runs[k], len(prompts))
     beyond = [difference for difference in differences if difference[2] > noise]
     assert not beyond, f"(prompt, position, gap) beyond the noise {noise:.4f}: {beyond}"
-    assert len(differences) <= len(prompts) // 4, differences
+    if len(differences) > len(prompts) // 4:
+        # Where the CPU's products round by batch shape, some 4 of 10 texts part anyway.
+        with_mtp = {difference[0] for difference in differences}
+        without = {difference[0] for difference in parted(plain_run, control, len(prompts))}
+        p = mcnemar_loss(len(with_mtp - without), len(without - with_mtp))
+        assert p > CHANCE, f"{len(with_mtp)} texts part, without MTP {len(without)}: p {p:.1e}"
 
 
 def test_acceptance_is_that_of_the_plain_model(plain_run, mtp_runs, prompts):
