@@ -7,11 +7,11 @@ import http.client
 import json
 import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.docker.own_engine import DEBIAN_BIN, OwnEngine
+from tests.docker.own_engine import DEBIAN_BIN, OwnEngine, wait_until
 
 MODEL = "dsv4-tiny"
 
@@ -112,6 +112,23 @@ class Stack:
             yield connection
         finally:
             connection.close()
+
+
+@contextlib.contextmanager
+def running(
+    stack: Stack, services: Sequence[str], within_s: float, say: Callable[[str], None]
+) -> Iterator[Stack]:
+    """The stack from `up`, as soon as the services are healthy, to `down`."""
+    try:
+        stack.compose("up", "--detach", "--no-build")
+        seconds = wait_until("healthy", lambda: all(map(stack.healthy, services)), within_s)
+        say(f"{', '.join(services)}: up to healthy: {seconds:.0f} s")
+        yield stack
+    except AssertionError:
+        say(stack.compose("logs", "--tail", "40", check=False))
+        raise
+    finally:
+        stack.compose("down", "--volumes", check=False)
 
 
 def events(answer: http.client.HTTPResponse) -> Iterator[str]:

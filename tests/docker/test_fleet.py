@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.docker.own_engine import wait_until
-from tests.docker.stack import Stack, events
+from tests.docker.stack import Stack, events, running
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
 REPLICAS = ("replica-1", "replica-2")
@@ -29,18 +29,9 @@ def fleet(engine, build, tmp_path_factory, say):
     """Router and replicas, all healthy."""
     build("cpu")
     build("router")
-    found = Stack(engine, "fleet-cpu", tmp_path_factory.mktemp("fleet"))
-    try:
-        found.compose("up", "--detach", "--no-build")
-        services = ("router", *REPLICAS)
-        seconds = wait_until("healthy", lambda: all(map(found.healthy, services)), HEALTHY_S)
-        say(f"fleet, up to healthy: {seconds:.0f} s")
-        yield found
-    except AssertionError:
-        say(found.compose("logs", "--tail", "40", check=False))
-        raise
-    finally:
-        found.compose("down", "--volumes", check=False)
+    stack = Stack(engine, "fleet-cpu", tmp_path_factory.mktemp("fleet"))
+    with running(stack, ("router", *REPLICAS), HEALTHY_S, say):
+        yield stack
 
 
 def answered(fleet, text, max_tokens=8):

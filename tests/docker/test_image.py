@@ -11,7 +11,7 @@ from cyclonedx.validation.json import JsonStrictValidator
 
 from bench.provenance import series_sha256
 from tests.docker.own_engine import ROOT, wait_until
-from tests.docker.stack import Stack, content, events
+from tests.docker.stack import Stack, content, events, running
 
 pytestmark = pytest.mark.docker
 IMAGE = "dsv4-maxq:cpu"
@@ -32,17 +32,9 @@ for entry in filter(str.isdigit, os.listdir("/proc")):
 def stack(engine, build, tmp_path_factory, say):
     """The service, healthy."""
     build("cpu")
-    found = Stack(engine, "", tmp_path_factory.mktemp("stack"))
-    try:
-        found.compose("up", "--detach", "--no-build")
-        seconds = wait_until("healthy", lambda: found.healthy(SERVICE), HEALTHY_S)
-        say(f"up to healthy: {seconds:.0f} s")
-        yield found
-    except AssertionError:
-        say(found.compose("logs", "--tail", "40", check=False))
-        raise
-    finally:
-        found.compose("down", "--volumes", check=False)
+    stack = Stack(engine, "", tmp_path_factory.mktemp("stack"))
+    with running(stack, [SERVICE], HEALTHY_S, say):
+        yield stack
 
 
 def test_image_says_what_it_is_of_and_runs_as_no_root(engine, build):
