@@ -42,8 +42,11 @@ kernels: ## compile the CUDA kernels into build/kernels
 kernels-report: kernels ## what each kernel uses: registers, shared memory, loads; fails on a spill
 	@$(PYTHON) -m kernels.report --install
 
+# Files side by side; each may start engines of one core and 2 GB.
+TEST_WORKERS ?= 2
 test: $(STAMP) ## every test that needs no GPU
-	@$(PY) -m pytest -q -m "not gpu and not docker"
+	@$(PY) -m pytest -q -m "not gpu and not docker" -n $(TEST_WORKERS) --dist loadfile \
+		--no-loadscope-reorder
 
 # TESTS=tests/docker/test_image.py leaves out the fleet.
 test-docker: $(STAMP) ## build the images with an engine of their own, start them, break them; needs root
