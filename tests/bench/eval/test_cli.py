@@ -47,7 +47,10 @@ def test_an_absent_server(capsys, output):
     assert not output.exists()
 
 
-@pytest.mark.parametrize(("key", "status"), [(None, 3), ("wrong", 3), ("s3cret", 0)])
+# pytest-xdist shows a test's name as its process's command line, which a result records.
+@pytest.mark.parametrize(
+    ("key", "status"), [(None, 3), ("wrong", 3), ("s3cret", 0)], ids=["none", "wrong", "right"]
+)
 def test_the_key(capsys, output, monkeypatch, key, status):
     monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
     if key:
