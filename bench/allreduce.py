@@ -8,7 +8,8 @@ then, while NCCL refuses two ranks on a device and peer memory would be the devi
 
 A CUDA graph holds CALLS calls, each waiting for the peer's; a time is that of one replay divided by
 CALLS, and median and p99 are over replays. `copy` is the control: the same graph with a copy in
-place of each call, so what a launch costs without any peer. An arm that cannot run here says why.
+place of each call, so what a launch costs without any peer. An arm that cannot run here, or that
+does not come to its end in time, says why and keeps what it measured; then the next one runs.
 """
 
 from __future__ import annotations
@@ -32,14 +33,16 @@ from typing import Any
 import torch
 
 from bench import provenance
+from bench.arm_processes import Ran, run_processes
 from kernels import build
 from kernels.allreduce import OneShotAllReduce, Tier, exchange_by_store
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SIZES = tuple(kib * 1024 for kib in (8, 16, 32, 64, 128, 256, 512))
 CALLS, REPLAYS, UNTIMED_REPLAYS = 20, 300, 30
 ARM_TIMEOUT_S = 90
+WORKER = (sys.executable, "-m", "bench.allreduce", "--worker")
 DEADLINE_S = 5.0
 
 AllReduce = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, room for the sum) -> the sum
@@ -176,9 +179,9 @@ def measure(ranks: list[tuple[int, End]], num_bytes: int) -> dict[str, Any]:
     }
 
 
-def worker(arm: str, rank: int | None, device: int, store_path: str) -> None:
-    """One process of an arm: one rank, or both when `rank` is None; prints its answer."""
-    torch.cuda.set_device(device)
+def worker(arm: str, rank: int | None, devices: tuple[int, int], store_path: str) -> None:
+    """One process of an arm: one rank, or both when `rank` is None; prints each size's answer."""
+    torch.cuda.set_device(devices[rank or 0])
     own = [0, 1] if rank is None else [rank]
     store = torch.distributed.HashStore() if rank is None else None
     ends: dict[int, End] = {}
@@ -193,8 +196,12 @@ def worker(arm: str, rank: int | None, device: int, store_path: str) -> None:
         thread.join()
     if len(ends) < len(own):
         sys.exit(1)  # the thread has printed why
-    sizes = {str(n): measure([(r, ends[r]) for r in own], n) for n in SIZES}
-    print(json.dumps({"nccl": nccl_version(), "sizes": sizes}), flush=True)
+    peers = None if rank is None else torch.cuda.can_device_access_peer(*devices)
+    about = {"nccl": nccl_version(), "driver_says_peer_access": peers}
+    print(json.dumps(about | {"device": torch.cuda.get_device_name()}), flush=True)
+    for num_bytes in SIZES:
+        line = {"num_bytes": num_bytes} | measure([(r, ends[r]) for r in own], num_bytes)
+        print(json.dumps(line), flush=True)
     if rank is not None:  # neither frees what the other still uses
         folder = Path(store_path).parent
         (folder / f"done-{rank}").touch()
@@ -211,36 +218,44 @@ def nccl_version() -> str:
 # -------------------------------------------------------------------------------- the command
 
 
-def run_arm(arm: str, devices: tuple[int, int]) -> dict[str, Any]:
-    """Start an arm's processes and read their answer; `error` where they give none."""
-    one_device = devices[0] == devices[1]
-    ranks = [None] if one_device else [0, 1]
+def run_arm(
+    arm: str, devices: tuple[int, int], say: Callable[[str], object], timeout_s: float
+) -> dict[str, Any]:
+    """Start an arm's processes and take what they measure, a size at a time.
+
+    Returns:
+        `error`: why it is not whole, None when it is; `sizes`: what rank 0 measured until then.
+    """
+    ranks = [None] if devices[0] == devices[1] else [0, 1]
     with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "bench.allreduce", "--worker", arm, str(rank),
-                 str(devices[rank or 0]), str(Path(folder) / "store")],
-                cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                env=os.environ | ENVIRONMENT.get(arm, {}),
-            )
-            for rank in ranks
-        ]  # fmt: skip
-        try:
-            answers = []
-            for process in processes:
-                out, errors = process.communicate(timeout=ARM_TIMEOUT_S)
-                if process.returncode:
-                    last = (errors.strip().splitlines() or ["no output"])[-1]
-                    return {"error": f"status {process.returncode}: {last[:300]}"}
-                answers.append(json.loads(out.splitlines()[-1]))
-        except subprocess.TimeoutExpired:
-            return {"error": f"no answer within {ARM_TIMEOUT_S} s"}
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-    right = all(size["right"] for answer in answers for size in answer["sizes"].values())
-    return {"error": None if right or arm == "copy" else "a sum was wrong", **answers[0]}
+        store = str(Path(folder) / "store")
+        commands = [
+            [*WORKER, arm, str(rank), f"{devices[0]},{devices[1]}", store] for rank in ranks
+        ]
+
+        def on_line(number: int, line: dict[str, Any]) -> None:
+            if number == 0 and "num_bytes" in line:
+                say(f"{line['num_bytes'] // 1024} KB: {line['median_us']:.1f} us")
+
+        env = os.environ | ENVIRONMENT.get(arm, {})
+        ran = run_processes(commands, REPOSITORY, env, timeout_s, on_line)
+    return result_of(arm, ran)
+
+
+def result_of(arm: str, ran: Ran) -> dict[str, Any]:
+    """What the lines of an arm's processes come to."""
+    found: dict[str, Any] = {"error": ran.error, "sizes": {}}
+    for line in ran.lines[0]:
+        if "num_bytes" in line:
+            found["sizes"][str(line["num_bytes"])] = {
+                name: line[name] for name in ("median_us", "p99_us", "right")
+            }
+        else:
+            found |= line
+    right = all(line.get("right", True) for lines in ran.lines for line in lines)
+    if not right and arm != "copy":
+        found["error"] = "a sum was wrong" + (f"; {ran.error}" if ran.error else "")
+    return found
 
 
 def table(arms: dict[str, dict[str, Any]]) -> str:
@@ -248,24 +263,26 @@ def table(arms: dict[str, dict[str, Any]]) -> str:
     sizes = [f"{n // 1024} KB" for n in SIZES]
     lines = ["| tier | " + " | ".join(sizes) + " |", "|---" * (1 + len(SIZES)) + "|"]
     for name, arm in arms.items():
-        if arm["error"]:
-            lines.append(f"| {name} | {arm['error']} |" + " |" * (len(SIZES) - 1))
-            continue
-        cells = (arm["sizes"][str(n)] for n in SIZES)
-        row = (f"{cell['median_us']:.1f} / {cell['p99_us']:.1f}" for cell in cells)
+        row = []
+        for n in SIZES:
+            cell = arm["sizes"].get(str(n))
+            if cell is None or not (cell["right"] or name == "copy"):
+                row.append("wrong" if cell else "-")
+                continue
+            row.append(f"{cell['median_us']:.1f} / {cell['p99_us']:.1f}")
         lines.append(f"| {name} | " + " | ".join(row) + " |")
+    lines += [f"\n{name}: {arm['error']}" for name, arm in arms.items() if arm["error"]]
     return "\n".join(lines)
 
 
-def origin(devices: tuple[int, int], commit: str | None) -> dict[str, Any]:
-    """Where the numbers come from."""
+def origin(commit: str | None) -> dict[str, Any]:
+    """Where the numbers come from. The cards are named by the arms: this process never asks CUDA,
+    which might not answer after an arm that hung.
+    """
     checkout = provenance.checkout(REPOSITORY)
-    peers = devices[0] != devices[1]
     return {
         "commit": commit or checkout["commit"],
         "kernel_sources_sha256": build.sources_sha256(),
-        "devices": [torch.cuda.get_device_name(device) for device in devices],
-        "driver_says_peer_access": torch.cuda.can_device_access_peer(*devices) if peers else None,
         "topology": topology(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -284,37 +301,55 @@ def topology() -> str | None:
     return done.stdout
 
 
+def pair(text: str) -> tuple[int, int]:
+    """Two devices of `0,1`."""
+    first, second = (int(device) for device in text.split(","))
+    return first, second
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point; exit status 1 when one of our own tiers gave no sound answer."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--worker"]:
-        arm, rank, device, store = argv[1:]
-        worker(arm, None if rank == "None" else int(rank), int(device), store)
+        arm, rank, both, store = argv[1:]
+        worker(arm, None if rank == "None" else int(rank), pair(both), store)
     parser = argparse.ArgumentParser(prog="python -m bench.allreduce", description=__doc__)
     parser.add_argument("--devices", default="0,1", help="two CUDA devices, or one twice")
     parser.add_argument("--out", type=Path, metavar="JSON")
+    parser.add_argument(
+        "--arm-timeout", type=float, metavar="S", default=ARM_TIMEOUT_S, help="of each arm"
+    )
     parser.add_argument("--commit", help="recorded instead of what git tells")
     args = parser.parse_args(argv)
-    first, second = (int(device) for device in args.devices.split(","))
-    devices = (first, second)
+    devices = pair(args.devices)
     there = torch.cuda.device_count()
     if max(devices) >= there:
         print(f"bench.allreduce: devices {args.devices}; there are {there}", file=sys.stderr)
         return 2
-    names = list(ARMS) if first != second else list(ONE_DEVICE_ARMS)
-    arms = {}
-    for number, name in enumerate(names, 1):
-        print(f"bench.allreduce: {number}/{len(names)} {name}", file=sys.stderr, flush=True)
-        arms[name] = run_arm(name, devices)
-    print(table(arms))
+    names = list(ARMS) if devices[0] != devices[1] else list(ONE_DEVICE_ARMS)
+    arms: dict[str, dict[str, Any]] = {}
     result = {"schema_version": SCHEMA_VERSION, "calls_per_replay": CALLS, "replays": REPLAYS,
-              "provenance": origin(devices, args.commit), "arms": arms}  # fmt: skip
-    if args.out:
-        partial = args.out.with_suffix(".partial")
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        partial.rename(args.out)
+              "provenance": origin(args.commit), "arms": arms}  # fmt: skip
+    for number, name in enumerate(names, 1):
+
+        def say(text: str, head: str = f"bench.allreduce: {number}/{len(names)} {name}") -> None:
+            print(f"{head}: {text}", file=sys.stderr, flush=True)
+
+        say(f"at most {args.arm_timeout:g} s")
+        arms[name] = run_arm(name, devices, say, args.arm_timeout)
+        say(arms[name]["error"] or "done")
+        if args.out:
+            save(args.out, result)
+    print(table(arms))
     ours_failed = [n for n in ("peer-push", "host-pinned") if n in arms and arms[n]["error"]]
     return 1 if ours_failed else 0
+
+
+def save(path: Path, result: dict[str, Any]) -> None:
+    """Write it under another name, then rename: after each arm, so that none is lost."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    partial.rename(path)
 
 
 if __name__ == "__main__":

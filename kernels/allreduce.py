@@ -270,7 +270,11 @@ class OneShotAllReduce:
 
         state = self._agree("state", lambda: self._alloc(ctypes.sizeof(State)))
         first = State(generation=first_generation)
-        library.call("dsv4_device_write", state, ctypes.byref(first), ctypes.sizeof(first))
+        size_bytes = ctypes.sizeof(first)
+        self._agree(
+            "write",
+            lambda: library.call("dsv4_device_write", state, ctypes.byref(first), size_bytes),
+        )
         if self.tier is Tier.HOST_PINNED:
             inboxes = base + self.world_size * abi.PAGE_BYTES
             inbox = [inboxes + r * inbox_bytes for r in range(self.world_size)]

@@ -2,8 +2,9 @@
 
 Mixed into a worker before vLLM's class: `kernels.nvidia.worker.Worker`, which `--worker-cls` names.
 No patch: the worker replaces `all_reduce` of its tensor-parallel group's communicator, and looks at
-the record of every step's waits before the step's tokens leave the process. So no token that was
-computed from invalid sums is ever sent.
+the record of every step's waits before the step's tokens leave the process. So no token of a step
+in which a wait gave up is sent. Sums that differ are seen at the next call that is hashed: tokens
+of the steps since the last one may have been sent.
 
 The environment says what to do; `serve` sets it from what the probe of the link found.
 

@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from scripts import jit_workers  # noqa: E402
-from serve.allreduce_tier import OTHERS_OFF  # noqa: E402
+from serve.allreduce_tier import FUSION_OFF, OTHERS_OFF  # noqa: E402
 
 SCHEMA_VERSION = 1
 PROMPT_TOKENS = (1, 127, 128, 129, 600, 2300)  # around the window, and beyond the indexer's top-k
@@ -119,8 +119,7 @@ def start_engine(case: Case, checkpoint: Path) -> Any:
         distributed_executor_backend="uni" if case.ranks == 1 else "mp",
         tensor_parallel_size=case.ranks,
         disable_custom_all_reduce=True,
-        # With two ranks on Hopper vLLM would put FlashInfer's all-reduce in place of ours.
-        compilation_config={"pass_config": {"fuse_allreduce_rms": False}},
+        compilation_config=FUSION_OFF,
         worker_cls="kernels.nvidia.worker.Worker" if case.tier else "auto",
     )
 

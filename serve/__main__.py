@@ -189,6 +189,8 @@ def run_front(
             model=settings.profile.served_model_name,
             stall_timeout_s=settings["stall_timeout"],
             canary_interval_s=settings["canary_interval"],
+            start_stall_timeout_s=settings["start_stall_timeout"],
+            start_step_timeout_s=settings["start_step_timeout"],
         ),
     )
     front.check_socket_path(uds)

@@ -1,7 +1,7 @@
 """Which all-reduce the engine uses: the first tier, from fast to safe, that the probe has proven.
 
     verdict of `kernels.probe` -> choose -> environment of the engine
-    a fault while serving      -> demote -> choose again, one tier down
+    a fault of its engine      -> demote -> choose again, one tier down
 
 A tier that was asked for by name is used or refused, never changed.
 
@@ -11,6 +11,7 @@ Nothing is ever tried out on requests: a tier without a proof is not used, whoev
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -32,8 +33,10 @@ SCHEMA_VERSION = 1
 AUTO = "auto"
 FILE_NAME = "allreduce.json"  # in this user's cache
 TIER_VARIABLE = "DSV4_ALLREDUCE_TIER"  # read by kernels/bounded_worker.py
+NCCL_P2P_OFF = "NCCL_P2P_DISABLE"
 PROBE_TIMEOUT_S = 300.0
 DEVICES_S = 60.0
+END_S = 5.0  # from the kill of a process that asked CUDA to giving up on it
 
 
 class Tier(StrEnum):
@@ -53,6 +56,9 @@ OTHERS_OFF = {
     "VLLM_ALLREDUCE_USE_FLASHINFER_PCIE_IPC": "0",
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
 }
+# vLLM's compilation config: on Hopper it would put FlashInfer's all-reduce and RMSNorm in one, over
+# peer memory and past every tier.
+FUSION_OFF = {"pass_config": {"fuse_allreduce_rms": False}}
 PEER_TIERS = (Tier.PEER_PUSH, Tier.VLLM_CUSTOM, Tier.NCCL_P2P)
 # What each does over the link, so which arms of the probe must be healthy. vLLM's reads the peer's
 # buffer and writes its flags; NCCL does either, by its own choice.
@@ -107,7 +113,7 @@ class ProbeVerdict:
 
 @dataclass(frozen=True)
 class Demotion:
-    """A tier that had a fault while it served."""
+    """A tier that had a fault in a start or later, or that goes over the link of one that did."""
 
     tier: Tier
     reason: str
@@ -160,7 +166,7 @@ def choose(
     Args:
         verdict: of this boot, driver and cards; None: not probed.
         override: `auto`, or the name of a tier.
-        demoted: tiers that had a fault while they served.
+        demoted: tiers that had a fault.
 
     Raises:
         ValueError: override is no tier.
@@ -171,7 +177,7 @@ def choose(
         if arm := objection(verdict, asked):
             wrong = f"not proven: {said_of(verdict, arm)}"
         elif asked in demoted:
-            wrong = "demoted: it had a fault while it served"
+            wrong = "demoted: it had a fault since this boot"
         else:
             return Choice(asked, "asked for", environment(asked, verdict, demoted))
         raise TierError(
@@ -181,7 +187,7 @@ def choose(
     passed: dict[str, list[str]] = {}  # why, and which tiers
     for tier in Tier:
         if tier in demoted:
-            why = "had a fault while it served"
+            why = "had a fault since this boot"
         elif arm := objection(verdict, tier):
             why = f"{arm.value} {verdict.arms[arm][0].value}" if verdict else "not probed"
         else:
@@ -206,15 +212,16 @@ def environment(
 ) -> dict[str, str]:
     """Variables of the engine. NCCL takes what a tier does not: large messages, other dtypes.
 
-    NCCL's peer access is on only where it is proven, and off below a tier that failed over it. Its
-    protocol stays its own choice: LL for all sizes costs bandwidth where messages are large.
+    NCCL's peer access is on only where it is proven. Where a tier over peers failed it is off,
+    unless NCCL over peers is the tier. Its protocol stays its own choice: LL for all sizes costs
+    bandwidth where messages are large.
     """
-    over_peers = (
+    over_peers = tier is Tier.NCCL_P2P or (
         tier is not Tier.NCCL_SHM
         and not objection(verdict, Tier.NCCL_P2P)
         and not any(other in demoted for other in PEER_TIERS)
     )
-    found = {TIER_VARIABLE: tier.value, "NCCL_P2P_DISABLE": "0" if over_peers else "1"}
+    found = {TIER_VARIABLE: tier.value, NCCL_P2P_OFF: "0" if over_peers else "1"}
     found |= OTHERS_OFF
     return found | ({"NCCL_P2P_LEVEL": "SYS"} if over_peers else {})
 
@@ -318,12 +325,9 @@ def this_key() -> Key:
         TierError: no library, no CUDA, fewer than two devices.
     """
     command = [sys.executable, "-c", ASK_DEVICES]
-    try:
-        done = subprocess.run(
-            command, cwd=REPOSITORY, capture_output=True, text=True, timeout=DEVICES_S
-        )
-    except subprocess.TimeoutExpired:
-        raise TierError(f"all-reduce: CUDA does not start in {DEVICES_S:g} s") from None
+    done = ask(command, DEVICES_S)
+    if done is None:
+        raise TierError(f"all-reduce: CUDA does not start in {DEVICES_S:g} s")
     if done.returncode:
         raise TierError(f"all-reduce: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
     found = json.loads(done.stdout.splitlines()[-1])
@@ -332,25 +336,50 @@ def this_key() -> Key:
     return Key(boot_id(), driver_version(), tuple(found[:2]))
 
 
-def run_probe(timeout_s: float = PROBE_TIMEOUT_S) -> dict[str, Any]:
-    """Run `kernels.probe`; its result.
+def run_probe(key: Key, timeout_s: float = PROBE_TIMEOUT_S) -> dict[str, Any]:
+    """Run `kernels.probe`; its result, which is of `key`.
 
     Raises:
-        TierError: it could not run, or did not end; it is dead then, and so are its processes.
+        TierError: it could not run, or did not end; then it is killed, and so are its processes.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "probe.json"
         command = [sys.executable, "-m", "kernels.probe", "--out", str(out)]
-        try:
-            done = subprocess.run(
-                command, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout_s
-            )
-        except subprocess.TimeoutExpired:
-            raise TierError(f"all-reduce: the probe did not end in {timeout_s:g} s") from None
+        done = ask(command, timeout_s)
+        if done is None:
+            raise TierError(f"all-reduce: the probe did not end in {timeout_s:g} s")
         if not out.exists():
             said = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
             raise TierError(f"all-reduce: {said}")
-        return json.loads(out.read_text(encoding="utf-8"))
+        result = json.loads(out.read_text(encoding="utf-8"))
+        try:
+            found = ProbeVerdict.from_result(result).key
+        except ValueError as error:
+            raise TierError(f"all-reduce: {error}") from None
+        if found != key:
+            raise TierError(f"all-reduce: the probe looked at {found}, the engine will at {key}")
+        return result
+
+
+def ask(command: list[str], timeout_s: float) -> subprocess.CompletedProcess[str] | None:
+    """What a command that asks CUDA says; None if it does not end in time.
+
+    One that waits in the driver may not even die: it is killed, and after END_S left behind.
+    """
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        out, errors = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=END_S)
+        return None
+    except BaseException:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, out, errors)
 
 
 # ----------------------------------------------------------------------------------- serving
@@ -392,7 +421,7 @@ class AllReduce:
                 raise TierError("all-reduce: the link is not probed here")
             if known.result is None:
                 say(f"all-reduce: the link between {' and '.join(known.key.bus_ids)} is probed")
-                known.result = run_probe()
+                known.result = run_probe(known.key)
                 keep(path, known, say)
         except TierError as error:
             only = f"without a proof only {Tier.NCCL_SHM.value} is used"
@@ -404,38 +433,62 @@ class AllReduce:
         """Tiers that had faults since this boot."""
         return tuple(self._known.demotions)
 
-    def after_end(self, lines: Iterable[str], stall: str = "") -> Failure | None:
+    def after_end(
+        self, lines: Iterable[str], stall: str = "", starting: bool = False
+    ) -> Failure | None:
         """Demote the tier if the engine ended by its fault and another may take its place.
 
         Args:
             lines: the engine's last output, where a worker says that an all-reduce failed.
-            stall: why it was ended, if it made no progress. vLLM's own all-reduce and NCCL over
-                peer access wait for ever and say nothing: a stall counts as their fault.
+            stall: why it was ended, if it made no progress where ranks wait for each other.
+            starting: it stalled before it was ready.
 
         Returns:
             The failure, and what the next life is to be started with; None: it was none of ours.
         """
-        failed = self.choice.tier
+        failed: Tier | None = self.choice.tier
         fault = next((found for line in lines if (found := fault_of(line))), None)
-        if fault is None and stall and failed in (Tier.VLLM_CUSTOM, Tier.NCCL_P2P):
-            fault = stall
-        if fault is None:
+        if fault is None and stall:
+            fault, failed = stall, self._blamed(starting)
+        if fault is None or failed is None:
             return None
         if self._override != AUTO:
-            return Failure(f"{failed.value} was asked for and is not demoted: {fault}")
+            return Failure(f"{self.choice.tier.value} was asked for and is not demoted: {fault}")
+        # Of the other tiers over peers none checks its sums: they would go on with wrong data.
+        link_lies = failed in PEER_TIERS and DIFFERENT_SUMS in fault
+        others = [tier for tier in PEER_TIERS if link_lies and tier is not failed]
         try:
-            choice = choose(self._known.verdict, AUTO, [*self._known.demoted, failed])
+            choice = choose(self._known.verdict, AUTO, [*self._known.demoted, failed, *others])
         except TierError:
             return Failure(f"{failed.value} is the last tier and is not demoted: {fault}")
         demote(self._known, failed, fault)
-        self.counts[failed, choice.tier] += 1
+        for tier in others:
+            demote(self._known, tier, f"over the same link as {failed.value}: {fault}")
+        # Where NCCL's large messages stalled, our kernel stays, and NCCL goes through host memory.
+        taken = choice.tier if failed is self.choice.tier else Tier.NCCL_SHM
+        self.counts[failed, taken] += 1
         keep(self._path, self._known, self._say)
         self.choice = choice
         self._say(
-            f"all-reduce: {failed.value} is demoted to {choice.tier.value} until the next "
+            f"all-reduce: {failed.value} is demoted to {taken.value} until the next "
             f"boot; delete {self._path} to probe and try it again: {fault}"
         )
-        return Failure(f"{failed.value} is demoted to {choice.tier.value}: {fault}", choice)
+        return Failure(f"{failed.value} is demoted to {taken.value}: {fault}", choice)
+
+    def _blamed(self, starting: bool) -> Tier | None:
+        """The tier whose fault a stall is taken for.
+
+        vLLM's own all-reduce and NCCL over peer access wait for ever and say nothing. The waits of
+        our kernels have a deadline and say so: what stalls beside them is NCCL, which takes their
+        large messages. In a start that deadline is long, because a rank may compile: there it may
+        be the kernels, too.
+        """
+        tier = self.choice.tier
+        if tier in KERNEL_TIERS and self.choice.environment[NCCL_P2P_OFF] == "0":
+            return Tier.NCCL_P2P
+        if tier in (Tier.VLLM_CUSTOM, Tier.NCCL_P2P) or (starting and tier in KERNEL_TIERS):
+            return tier
+        return None
 
 
 @dataclass(frozen=True)
@@ -455,11 +508,12 @@ def keep(path: Path, known: Known, say: Callable[[str], object]) -> None:
 
 
 FAULT = "all_reduce_oneshot: "  # as kernels/allreduce.py begins its messages
+DIFFERENT_SUMS = " different sums "
 
 
 def fault_of(line: str) -> str | None:
     """What a line of the engine's output says of a failed all-reduce, None if nothing."""
     _, found, said = line.partition(FAULT)
     gave_up = said.startswith("rank ") and " waited " in said
-    differs = said.startswith("ranks ") and " different sums " in said
+    differs = said.startswith("ranks ") and DIFFERENT_SUMS in said
     return (found + said).strip() if gave_up or differs or said.startswith("setup, ") else None

@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from serve.allreduce_tier import KERNEL_TIERS, Tier
+from serve.allreduce_tier import FUSION_OFF, KERNEL_TIERS, Tier
 from serve.profiles import Device, Profile
 
 WORKER = "kernels.nvidia.worker.Worker"  # reduces over our kernel, see docs/allreduce.md
@@ -68,6 +68,8 @@ def vllm_command(
             command += ["--disable-custom-all-reduce"]
         if tier in KERNEL_TIERS:
             command += ["--worker-cls", WORKER]
+        if profile.tensor_parallel_size > 1:
+            command += ["--compilation-config", json.dumps(FUSION_OFF)]
     if profile.enforce_eager or capture:
         command += ["--enforce-eager"]
     if num_speculative_tokens:

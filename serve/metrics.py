@@ -86,7 +86,8 @@ class Gathered(Collector):
         lives, ends = parts.supervisor.num_lives, len(parts.supervisor.ends)
         yield total("engine_lives", "Starts of the engine.", lives)
         yield total("engine_ends", "Unasked ends of the engine.", ends)
-        yield total("engine_stalls", "Ends because of no progress.", parts.watchdog.num_stalls)
+        text = "Ends because of no progress, in a start or later."
+        yield total("engine_stalls", text, parts.watchdog.num_stalls)
         canaries = counter("canaries", "Tokens asked of an idle engine.", "result")
         failed = parts.watchdog.num_canaries_failed
         canaries.add_metric(["failed"], failed)

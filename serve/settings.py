@@ -100,6 +100,8 @@ OWN = (
     Setting("shutdown_timeout", seconds, "running requests may take so long after SIGTERM", 30.0),
     Setting("slow_client_timeout", seconds, "a client that takes nothing is let go after", 60.0),
     Setting("stall_timeout", seconds, "an engine without progress is restarted after", 120.0),
+    Setting("start_stall_timeout", seconds, "a start without a sign of work is ended after", 900.0),
+    Setting("start_step_timeout", seconds, "the same between two shards, two graphs", 300.0),
     Setting("canary_interval", seconds, "one token is asked of an idle engine so often", 300.0),
     Setting("max_num_queued_reqs", count, "requests that may wait beside the running ones", 16),
     Setting("max_num_queued_tokens", count, "prompt tokens that may wait; default 2 windows"),

@@ -34,6 +34,17 @@ class Progress:
     what: str
 
 
+# Of a start, before it is ready.
+START_STAGES = (
+    Stage.STARTING,
+    Stage.LOADING,
+    Stage.PREPARING,
+    Stage.COMPILING,
+    Stage.CAPTURING,
+    Stage.LISTENING,
+)
+# What vLLM says again and again of a wait: the only lines that are no sign of progress.
+WAITING = "No available shared memory broadcast block found"
 # tqdm's, with and without a drawn bar.
 BAR = re.compile(
     r"(?:\([^)]*pid=\d+\)\s*)?(?P<what>[^:]+):\s+\d+%.*\|\s*(?P<done>\d+)/(?P<total>\d+) ?\["

@@ -227,7 +227,9 @@ def build_status(parts: Parts, since_unix_s: float = 0.0) -> Status:
             stalls=parts.watchdog.num_stalls,
             canaries=parts.watchdog.num_canaries,
             canaries_failed=parts.watchdog.num_canaries_failed,
-            owes_progress_s=parts.watchdog.since_progress_s if parts.relay.num_waiting else 0.0,
+            owes_progress_s=parts.watchdog.since_progress_s
+            if supervisor.starting or parts.relay.num_waiting
+            else 0.0,
         ),
         requests=requests_entry(parts),
         queue=queue_entry(parts, metrics),

@@ -27,7 +27,7 @@ from serve.faults import FaultKind, Faults
 from serve.http_errors import Refusal
 from serve.log import event
 from serve.relay import end_quietly
-from serve.stages import Lines, Progress, Stage, read_line
+from serve.stages import START_STAGES, WAITING, Lines, Progress, Stage, read_line
 
 PR_SET_PDEATHSIG = 1
 READ_BYTES = 2**16
@@ -52,12 +52,28 @@ class Limits:
 
 @dataclass(frozen=True)
 class End:
-    """One unasked end of the engine. counts: towards max_ends."""
+    """One unasked end of the engine.
+
+    counts: towards max_ends. stalled_start: it made no progress before it was ready.
+    """
 
     at_unix_s: float
     reason: str
     report: Path | None = None  # what was dumped before it was ended
     counts: bool = True
+    stalled_start: bool = False
+
+
+@dataclass(frozen=True)
+class Stall:
+    """Why an engine was ended that made no progress, and where it stood.
+
+    starting: it was not ready. reading: weights, which each rank does by itself.
+    """
+
+    reason: str
+    starting: bool
+    reading: bool
 
 
 def in_child() -> None:
@@ -110,23 +126,35 @@ class Supervisor:
         self.socket_path = socket_path
         self.stage, self.progress = Stage.STARTING, None  # type: Stage, Progress | None
         self.stage_since_s = self.life_since_s = time.monotonic()
+        self.num_signs = 0  # lines of this life that show progress
         self.ends: list[End] = []
         self.num_lives = 0
         self.failure = ""
         self.pid = 0
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)  # of this life's output
-        self.dump: Callable[[], Awaitable[Path | None]] | None = None
+        self.dump: Callable[[str], Awaitable[Path | None]] | None = None  # takes the reason
         self._command, self._environment = command, environment
         self._on_ready = on_ready
         self._faults = faults or Faults()
         self._tiers = tiers
         self._echo = echo or write_to_stdout
         self._stop = asyncio.Event()
-        self._stalled: asyncio.Future[str] | None = None
+        self._stalled: asyncio.Future[Stall] | None = None
+        self._ready_unix_s = 0.0  # when an engine last became ready
 
     @property
     def ready(self) -> bool:
         return self.stage is Stage.READY
+
+    @property
+    def starting(self) -> bool:
+        """Whether an engine is on its way to be ready."""
+        return self.stage in START_STAGES
+
+    @property
+    def counting(self) -> bool:
+        """Whether the engine is between two steps that it counts: shards, graphs."""
+        return self.progress is not None and self.progress.done < self.progress.total
 
     @property
     def serving(self) -> bool:
@@ -136,7 +164,8 @@ class Supervisor:
     def report_stall(self, reason: str) -> None:
         """Ask for the end of an engine that makes no progress; `run` dumps, ends, restarts it."""
         if self._stalled is not None and not self._stalled.done():
-            self._stalled.set_result(reason)
+            reading = self.stage is Stage.LOADING and self.counting
+            self._stalled.set_result(Stall(reason, self.starting, reading))
 
     def drain(self) -> None:
         """Take no new work from now on."""
@@ -182,21 +211,22 @@ class Supervisor:
             reason, report = await self._live()
             if self._stop.is_set():
                 break
-            stalled = self._stalled is not None and self._stalled.done()
-            kind = FaultKind.ENGINE_STALLED if stalled else FaultKind.ENGINE_ENDED
+            stall = self._stalled.result() if self._stalled and self._stalled.done() else None
+            kind = FaultKind.ENGINE_STALLED if stall else FaultKind.ENGINE_ENDED
             self._faults.once(kind, reason)
-            failure = self._change_tier(reason if stalled else "")
+            failure = self._change_tier(stall)
             if failure:
                 reason += f"; all-reduce: {failure.said}"
             counts = failure is None or failure.choice is None
-            self.ends.append(End(time.time(), reason, report, counts))
+            stalled_start = stall is not None and stall.starting
+            self.ends.append(End(time.time(), reason, report, counts, stalled_start))
             since = time.time() - self.limits.window_s
-            recent = [e for e in self.ends if e.counts and e.at_unix_s > since]
+            recent = [e for e in self.ends if e.counts and self._is_recent(e, since)]
             if len(recent) >= self.limits.max_ends:
-                self.failure = (
-                    f"{len(recent)} ends within {self.limits.window_s / 60:.0f} minutes; "
-                    f"the last: {reason}"
-                )
+                within = f"within {self.limits.window_s / 60:.0f} minutes"
+                if recent[0].at_unix_s <= since:
+                    within = "without a ready engine between them"
+                self.failure = f"{len(recent)} ends {within}; the last: {reason}"
                 self._enter(Stage.FAILED)
                 self._faults.begin(FaultKind.ENGINE_FAILED, self.failure)
                 self.say(f"not restarted: {self.failure}")
@@ -210,11 +240,22 @@ class Supervisor:
                 await asyncio.wait_for(self._stop.wait(), wait_s)
         self._enter(Stage.STOPPED)
 
-    def _change_tier(self, stall: str) -> Failure | None:
+    def _is_recent(self, end: End, since_unix_s: float) -> bool:
+        """A start takes minutes to stall, three of them more than the window: until an engine is
+        ready again, such an end stays recent.
+        """
+        return end.at_unix_s > since_unix_s or (
+            end.stalled_start and end.at_unix_s > self._ready_unix_s
+        )
+
+    def _change_tier(self, stall: Stall | None) -> Failure | None:
         """What the all-reduce had to do with the end; the next life starts with its answer."""
         if self._tiers is None:
             return None
-        failure = self._tiers.all_reduce.after_end(self.tail, stall)
+        blamed = stall is not None and not stall.reading
+        failure = self._tiers.all_reduce.after_end(
+            self.tail, stall.reason if blamed else "", blamed and stall.starting
+        )
         if failure:
             self._faults.once(FaultKind.ALL_REDUCE_FAILED, failure.said)
         if failure and failure.choice:
@@ -228,7 +269,7 @@ class Supervisor:
         self._enter(Stage.STARTING)
         self.socket_path.unlink(missing_ok=True)
         self._stalled = asyncio.get_running_loop().create_future()
-        self.tail = deque(maxlen=TAIL_LINES)
+        self.tail, self.num_signs = deque(maxlen=TAIL_LINES), 0
         process, all_read = await self._spawn()
         self.pid = process.pid
         ended = asyncio.create_task(process.wait())
@@ -249,10 +290,10 @@ class Supervisor:
                 reason = "stopped"
                 await self._end_gently(process, ended)
             else:
-                reason = self._stalled.result()
+                reason = self._stalled.result().reason
                 self._enter(Stage.RESTARTING)
                 self.say(f"{reason}; it is ended")
-                report = await self.dump() if self.dump else None
+                report = await self.dump(reason) if self.dump else None
         finally:
             await end_quietly(probe)
             signal_group(process.pid, signal.SIGKILL)  # also what a dead leader left behind
@@ -314,6 +355,7 @@ class Supervisor:
         if tail is not self.tail:  # of an earlier life: it says nothing of this one's stage
             return
         for line in lines:
+            self.num_signs += WAITING not in line
             if self.stage in (Stage.READY, Stage.DRAINING, Stage.RESTARTING, Stage.FAILED):
                 continue
             if seen := read_line(line):
@@ -336,6 +378,7 @@ class Supervisor:
                             break
                 await asyncio.sleep(self.limits.poll_s)
         self._enter(Stage.READY)
+        self._ready_unix_s = time.time()
         self._on_ready()
 
     async def _end_gently(

@@ -1,9 +1,11 @@
 """Notices an engine that makes no progress, and gathers what is known about it before it is ended.
 
-Progress is a change in what the engine says of its steps. It is asked for only while *we* hold
-requests that wait for the engine: vLLM's own count of running requests has been seen at 0 in a
-wedged engine, and a client that reads slowly or has not sent its whole request is no fault of the
-engine's. An idle engine has no steps; it is asked for one token now and then.
+Of a start, progress is any sign of work: see `serve.start_watch`.
+
+Of an engine that is ready it is a change in what the engine says of its steps. It is asked for only
+while *we* hold requests that wait for the engine: vLLM's own count of running requests has been
+seen at 0 in a wedged engine, and a client that reads slowly or has not sent its whole request is no
+fault of the engine's. An idle engine has no steps; it is asked for one token now and then.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import aiohttp
 from serve.evidence import gather_evidence
 from serve.faults import FaultKind, Faults
 from serve.relay import Relay, end_quietly
+from serve.start_watch import StartWatch
 from serve.supervisor import Supervisor
 
 # vLLM observes a step's histogram only when the step gives a request an output: the steps of a long
@@ -35,12 +38,17 @@ MAX_POLL_S = 2.0
 
 @dataclass(frozen=True)
 class WatchConfig:
-    """stall_timeout_s: longest time without progress. canary_interval_s: of an idle engine."""
+    """stall_timeout_s: longest time without progress. canary_interval_s: of an idle engine.
+
+    Of a start: start_step_timeout_s between two steps that vLLM counts, start_stall_timeout_s else.
+    """
 
     report_dir: Path
     model: str
     stall_timeout_s: float = 120.0
     canary_interval_s: float = 300.0
+    start_stall_timeout_s: float = 900.0
+    start_step_timeout_s: float = 300.0
 
 
 def read_progress(metrics: str) -> tuple[str, ...]:
@@ -70,27 +78,32 @@ class Watchdog:
         self._seen: tuple[str, ...] = ()
         self._moved_s = self._proved_s = time.monotonic()
         self._canary: asyncio.Task[None] | None = None
+        timeouts = (config.stall_timeout_s, config.start_stall_timeout_s)
+        self._poll_s = min(MAX_POLL_S, *(t / 8 for t in (*timeouts, config.start_step_timeout_s)))
+        self._start = StartWatch(supervisor, self._poll_s)
         supervisor.dump = self.dump
 
     @property
     def since_progress_s(self) -> float:
         """Seconds for which the engine has owed progress."""
+        if self._supervisor.starting:
+            return self._start.silent_s
         return time.monotonic() - self._moved_s
 
     async def run(self) -> None:
         """Look at the engine until cancelled."""
-        poll_s = min(MAX_POLL_S, self.config.stall_timeout_s / 8)
         connector = aiohttp.UnixConnector(str(self._supervisor.socket_path), force_close=True)
         async with aiohttp.ClientSession(connector=connector) as session:
             try:
                 while True:
                     await self._look(session)
-                    await asyncio.sleep(poll_s)
+                    await asyncio.sleep(self._poll_s)
             finally:
                 await end_quietly(self._canary)
 
     async def _look(self, session: aiohttp.ClientSession) -> None:
         supervisor, now = self._supervisor, time.monotonic()
+        self._look_at_start()
         if not supervisor.serving or supervisor.num_lives != self._life:
             self._life, self._seen = supervisor.num_lives, ()
             self._moved_s = self._proved_s = now
@@ -120,6 +133,24 @@ class Watchdog:
             self._proved_s = now
             self._canary = asyncio.create_task(self._ask_one_token(session))
 
+    def _look_at_start(self) -> None:
+        supervisor, start = self._supervisor, self._start
+        if not supervisor.starting:
+            start.forget()
+            return
+        start.look()
+        config = self.config
+        bound_s = config.start_stall_timeout_s
+        if supervisor.counting:
+            bound_s = config.start_step_timeout_s
+        if start.silent_s > bound_s:
+            self.num_stalls += 1
+            supervisor.report_stall(
+                f"the engine's start showed no sign of progress for {start.silent_s:.0f} s: "
+                + supervisor.describe()
+            )
+            start.forget()
+
     async def _read(self, session: aiohttp.ClientSession) -> tuple[str, ...]:
         """What the engine says of its steps; nothing when it does not answer."""
         timeout = aiohttp.ClientTimeout(total=max(1.0, self.config.stall_timeout_s / 4))
@@ -146,7 +177,7 @@ class Watchdog:
             text = "an idle engine did not answer a request for one token with status 200"
             self._faults.begin(FaultKind.CANARY_FAILED, text)
 
-    async def dump(self) -> Path | None:
+    async def dump(self, reason: str) -> Path | None:
         """Write what is known of a stalled engine to a file, which takes its processes' lives."""
         supervisor = self._supervisor
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
@@ -161,7 +192,7 @@ class Watchdog:
             for flight in self._relay.flights
         ]
         evidence = await gather_evidence(supervisor.pid, supervisor.tail)
-        evidence |= {"requests": requests, "progress": list(self._seen)}
+        evidence |= {"reason": reason, "requests": requests, "progress": list(self._seen)}
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             path.write_text(json.dumps(evidence, indent=1) + "\n", encoding="utf-8")

@@ -515,6 +515,21 @@ def test_a_failed_ipc_on_one_rank_is_an_error_on_both(library, monkeypatch):
         assert "CUDA error 217" in str(error)
 
 
+def test_a_failed_write_on_one_rank_is_an_error_on_both(library, monkeypatch):
+    real = abi.Library.call
+
+    def fail_once(self, name, *arguments, failed=[]):  # noqa: B006
+        if name == "dsv4_device_write" and not failed:
+            failed.append(1)
+            raise RuntimeError("dsv4_device_write: CUDA error 700")
+        return real(self, name, *arguments)
+
+    monkeypatch.setattr(abi.Library, "call", fail_once)
+    for error in together(library, [{}, {}]):
+        assert "setup, write: rank " in str(error)
+        assert "CUDA error 700" in str(error)
+
+
 def test_without_a_library_both_ranks_say_what_to_run(monkeypatch, tmp_path):
     monkeypatch.setenv(build.FOLDER_ENV, str(tmp_path))
     abi.load.cache_clear()

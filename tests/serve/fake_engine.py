@@ -3,7 +3,8 @@
     python fake_engine.py --uds PATH --control FOLDER [--lives PLAN]
 
 PLAN is a JSON list with one object for each life, the last for all later ones:
-load_s (seconds until it listens), crash ("loading": ends before it listens), ignore_term,
+load_s (seconds until it listens), crash ("loading": ends before it listens), hangs (spins after the
+last shard), compiles_s (seconds, after it, in another program and without a line), ignore_term,
 wedged (answers no canary), forks (starts a child in the process group that outlives its parent).
 What a request does is in its body: see `work`. FOLDER gets one file for each life with its pid, and
 a line in `aborted` for each request whose client went away.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -192,6 +194,13 @@ def main() -> None:
         if life.get("crash") == "loading" and shard == 1:
             print("\nValueError: no such tensor", flush=True)
             sys.exit(3)
+    sys.stderr.write("\n")  # as a bar that is full
+    sys.stderr.flush()
+    if "compiles_s" in life:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(["sh", "-c", "while :; do :; done"], timeout=life["compiles_s"])
+    while life.get("hangs"):
+        pass
     engine = Engine(arguments.control, life.get("wedged", False))
     config = uvicorn.Config(engine, uds=str(arguments.uds), log_level="warning")
     server = uvicorn.Server(config)

@@ -1,8 +1,10 @@
 """Only what the probe has proven is used, and nothing that failed is used again."""
 
+import ast
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from kernels.allreduce import Tier as KernelTier
 from kernels.bounded_worker import chosen_tier
 from serve import allreduce_tier
 from serve.allreduce_tier import (
+    FUSION_OFF,
     AllReduce,
     Key,
     Known,
@@ -85,7 +88,7 @@ def test_the_reason_names_what_was_passed_over_and_why():
     reason = choose(verdict(push="wrong data", pull="hang")).reason
     assert reason == "not peer-push, vllm-custom, nccl-p2p: peer-push wrong data"
     reason = choose(verdict(pull="slow"), "auto", [Tier.PEER_PUSH]).reason
-    why = "not peer-push: had a fault while it served; not vllm-custom, nccl-p2p: peer-pull slow"
+    why = "not peer-push: had a fault since this boot; not vllm-custom, nccl-p2p: peer-pull slow"
     assert reason == why
     assert choose(verdict()).reason == "proven by the probe"
 
@@ -127,6 +130,12 @@ def test_nccl_goes_over_peer_access_only_where_that_is_proven():
     assert nccl(choose(None)) == off
 
 
+def test_nccl_over_peers_goes_over_peers_where_those_before_it_failed():
+    chosen = choose(verdict(), "auto", [Tier.PEER_PUSH, Tier.VLLM_CUSTOM])
+    assert chosen.tier is Tier.NCCL_P2P
+    assert chosen.environment["NCCL_P2P_DISABLE"] == "0"
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize("tier", Tier)
 def test_no_all_reduce_of_vllm_comes_before_the_tier(tier):
@@ -137,6 +146,35 @@ def test_no_all_reduce_of_vllm_comes_before_the_tier(tier):
     chosen = choose(verdict(), tier.value).environment
     assert len(switches) == 3
     assert [chosen.get(name) for name in switches] == ["0"] * 3
+
+
+@pytest.mark.engine
+def test_nothing_but_the_pass_that_is_off_fuses_an_all_reduce():
+    """As the pinned vLLM is written: on the CPU it does not even import the pass."""
+    [folder] = find_spec("vllm").submodule_search_locations
+    source = Path(folder, "compilation", "passes", "pass_manager.py").read_text()
+    [configure] = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef) and node.name == "configure"
+    ]
+    [(name, off)] = FUSION_OFF["pass_config"].items()
+    assert off is False
+    switched = [
+        node
+        for node in ast.walk(configure)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == f"self.pass_config.{name}"
+    ]
+    everywhere, inside = names_of([configure]), names_of(switched[0].body)
+    assert len(switched) == 1
+    assert inside.count("AllReduceFusionPass") == 1
+    assert [n for n in inside if "AllReduce" in n] == [n for n in everywhere if "AllReduce" in n]
+
+
+def names_of(nodes):
+    """Names that code uses."""
+    found = [name for node in nodes for name in ast.walk(node)]
+    return [name.id for name in found if isinstance(name, ast.Name)]
 
 
 def test_the_engine_is_told_its_tier_under_the_name_that_it_reads(monkeypatch):
@@ -258,21 +296,57 @@ def test_the_last_tier_and_one_that_was_asked_for_are_not_demoted(tmp_path):
     assert not path.exists()  # the next start takes the same tier again
 
 
-def test_a_stall_counts_against_the_tiers_that_wait_for_ever(tmp_path):
-    stall = "the engine made no progress for 120 s"
-    tiers = list(Tier)
-    for tier in tiers:
-        known = Known(KEY, result())
-        for other in tiers[: tiers.index(tier)]:
-            demote(known, other, EXPIRED)
-        link = AllReduce(tmp_path / tier, known, "auto", print)
-        assert link.choice.tier is tier
-        failure = link.after_end([], stall)
-        if tier in (Tier.VLLM_CUSTOM, Tier.NCCL_P2P):
-            assert failure.choice.tier is tiers[tiers.index(tier) + 1]
-            assert stall in failure.said
-        else:
-            assert failure is None
+@pytest.mark.parametrize("starting", [False, True])
+@pytest.mark.parametrize("tier", Tier)
+def test_a_stall_counts_against_the_tiers_that_wait_for_ever(tmp_path, tier, starting):
+    """Against our kernels only in a start, where their own deadline is longer."""
+    stall, tiers = "the engine made no progress for 120 s", list(Tier)
+    known = Known(KEY, result(pull="slow" if tier is Tier.PEER_PUSH else "healthy"))
+    for other in tiers[: tiers.index(tier)]:
+        demote(known, other, EXPIRED)
+    link = AllReduce(tmp_path / "link.json", known, "auto", print)
+    assert link.choice.tier is tier
+    failure = link.after_end([], stall, starting)
+    ours = tier in (Tier.PEER_PUSH, Tier.HOST_PINNED)
+    if tier is Tier.NCCL_SHM or (ours and not starting):
+        assert failure is None
+    else:
+        below = tiers[tiers.index(tier) + 1 :]
+        taken = below[0] if tier is not Tier.PEER_PUSH else Tier.HOST_PINNED
+        assert failure.choice.tier is taken
+        assert failure.said == f"{tier.value} is demoted to {taken.value}: {stall}"
+
+
+@pytest.mark.parametrize("starting", [False, True])
+def test_a_stall_beside_our_kernel_is_that_of_nccl_s_large_messages_over_peers(tmp_path, starting):
+    """First NCCL leaves peer access, and our kernel stays; what stalls then is not NCCL there."""
+    path, stall = tmp_path / "link.json", "the engine made no progress for 120 s"
+    link = AllReduce(path, Known(KEY, result()), "auto", print)
+    assert link.choice.environment["NCCL_P2P_DISABLE"] == "0"
+    failure = link.after_end([], stall, starting)
+    assert failure.said == f"nccl-p2p is demoted to nccl-shm: {stall}"
+    assert failure.choice.tier is Tier.PEER_PUSH
+    assert failure.choice.environment["NCCL_P2P_DISABLE"] == "1"
+    assert link.counts == {(Tier.NCCL_P2P, Tier.NCCL_SHM): 1}
+    assert AllReduce(path, load(path, KEY, print), "auto", print).choice == link.choice
+    failure = link.after_end([], stall, starting)
+    if starting:
+        assert failure.said == f"peer-push is demoted to vllm-custom: {stall}"
+    else:
+        assert failure is None
+    asked = AllReduce(tmp_path / "other", Known(KEY, result()), "peer-push", print)
+    failure = asked.after_end([], stall, starting)
+    assert failure.said == f"peer-push was asked for and is not demoted: {stall}"
+
+
+def test_a_link_that_gave_wrong_data_carries_no_tier_without_a_check(tmp_path):
+    link = AllReduce(tmp_path / "link.json", Known(KEY, result()), "auto", print)
+    failure = link.after_end([WRONG])
+    assert failure.choice.tier is Tier.HOST_PINNED
+    assert failure.choice.environment["NCCL_P2P_DISABLE"] == "1"
+    assert failure.said == f"peer-push is demoted to host-pinned: {WRONG}"
+    assert [d.tier for d in link.demotions] == list(allreduce_tier.PEER_TIERS)
+    assert link.demotions[1].reason == f"over the same link as peer-push: {WRONG}"
 
 
 def test_a_cache_that_cannot_be_written_is_said_and_stops_nothing(tmp_path):
@@ -322,7 +396,34 @@ def test_a_probe_that_cannot_run_or_does_not_end_proves_nothing(python, tmp_path
         AllReduce.of_this_machine(tmp_path / "a", "peer-push", said.append)
     python("import time; time.sleep(60)")
     with pytest.raises(TierError, match="the probe did not end in 0.5 s"):
-        run_probe(timeout_s=0.5)
+        run_probe(KEY, timeout_s=0.5)
+
+
+@pytest.mark.parametrize("found", [result(key=Key("boot", None, KEY.bus_ids)), {"key": 1}])
+def test_a_probe_of_other_cards_or_without_sense_proves_nothing(
+    python, tmp_path, monkeypatch, found
+):
+    monkeypatch.setattr(allreduce_tier, "this_key", lambda: KEY)
+    python(f"open(sys.argv[sys.argv.index('--out') + 1], 'w').write({json.dumps(found)!r})")
+    said = []
+    link = AllReduce.of_this_machine(tmp_path / "a", "auto", said.append)
+    assert link.choice.tier is Tier.NCCL_SHM
+    assert "only nccl-shm is used" in said[-1]
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_process_that_does_not_die_in_the_driver_holds_up_nothing(python, monkeypatch):
+    monkeypatch.setattr(allreduce_tier, "END_S", 0.1)
+    processes = []
+    monkeypatch.setattr(subprocess.Popen, "kill", lambda process: processes.append(process))
+    python("import time; time.sleep(20)")
+    with pytest.raises(TierError, match="the probe did not end in 0.2 s"):
+        run_probe(KEY, timeout_s=0.2)
+    monkeypatch.undo()
+    [process] = processes
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
 
 
 def test_the_key_is_that_of_the_first_two_devices_of_this_process(python):

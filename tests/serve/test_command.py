@@ -106,6 +106,15 @@ def test_each_all_reduce_has_its_worker_and_vllm_s_own_is_on_for_none_but_itself
         assert f"class {name}(" in source.read_text()
 
 
+@pytest.mark.parametrize("tier", [*Tier, None])
+def test_two_ranks_never_fuse_their_all_reduce_past_the_tier(tier):
+    given = vllm_command(load_profile("524k"), Path("/m"), "127.0.0.1", 8000, 1, tier=tier)
+    config = json.loads(value(given, "--compilation-config"))
+    assert config == {"pass_config": {"fuse_allreduce_rms": False}}
+    for profile in (replace(load_profile("524k"), tensor_parallel_size=1), PROFILE):
+        assert "--compilation-config" not in command(profile)
+
+
 def test_the_engine_is_offline_and_sends_no_usage_statistics():
     env = engine_environment(PROFILE, {"PATH": "/bin", "HF_HUB_OFFLINE": "0"})
     assert env["HF_HUB_OFFLINE"] == env["VLLM_NO_USAGE_STATS"] == env["DO_NOT_TRACK"] == "1"

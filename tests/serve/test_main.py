@@ -14,6 +14,7 @@ from serve import allreduce_tier, engine
 from serve.allreduce_tier import FILE_NAME, AllReduce, Key, Known, save
 from serve.environment import cache_path
 from serve.errors import EngineError
+from serve.settings import resolve
 from serve.shapes import flash_config
 
 RUN = ["run", "--profile", "cpu-tiny", "--gateway", "off"]
@@ -86,6 +87,21 @@ def test_the_gateway_runs_the_checked_command(started, checkpoint, monkeypatch):
     assert command[command.index("--uds") + 1] == str(uds)
     assert env["PYTHONFAULTHANDLER"] == "1"
     assert started == []
+
+
+def test_each_bound_of_the_watchdog_is_the_setting_of_its_name(tmp_path, monkeypatch):
+    from serve import front
+
+    configs = []
+    monkeypatch.setattr(front, "listen", lambda *_: None)
+    monkeypatch.setattr(front, "serve", lambda config, *_: configs.append(config))
+    monkeypatch.setattr(front, "run", lambda _: 0)
+    names = ("stall_timeout", "canary_interval", "start_stall_timeout", "start_step_timeout")
+    given = {"profile": "cpu-tiny", **{name: str(n) for n, name in enumerate(names, 1)}}
+    settings = resolve(given, {}, {})
+    cli.run_front(settings, None, tmp_path / "r", [], {}, tmp_path / "s", print, None)
+    [config] = configs
+    assert [getattr(config.watch, f"{name}_s") for name in names] == [1.0, 2.0, 3.0, 4.0]
 
 
 def test_two_cards_reduce_as_the_probe_proved_and_without_a_proof_by_shared_memory(

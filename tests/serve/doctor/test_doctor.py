@@ -315,7 +315,7 @@ def test_demotions_are_shown_with_the_file_to_delete(capsys, changed, tmp_path):
     status, findings = diagnose(capsys, changed("two-max-q", change))
     assert status == report.EXIT[Area.PEER]
     assert findings["all-reduce"]["value"] == (
-        "vllm-custom: not peer-push: had a fault while it served"
+        "vllm-custom: not peer-push: had a fault since this boot"
     )
     assert f"/caches/dsv4-maxq/{FILE_NAME}" in findings["all-reduce"]["advice"]
 
