@@ -165,19 +165,25 @@ def test_a_tool_call_that_is_forced_is_well_formed(ready, client):
     assert choices[-1].finish_reason != "length"
 
 
-def test_a_tool_that_a_message_must_use_is_used(ready, claude):
-    """No penalty can be asked for here: the call breaks off among its blanks, well formed."""
+def test_a_tool_that_a_message_must_use_is_called_in_full(ready, claude):
+    """No penalty can be asked for here: hot enough, the blanks end in most answers."""
     about = {"description": "The weather.", "input_schema": WEATHER, "strict": True}
-    asked = MESSAGE | {"max_tokens": 60, "tools": [NAMED | about]}
+    asked = MESSAGE | {"max_tokens": 400, "tools": [NAMED | about]}
     asked |= {"tool_choice": {"type": "tool", "name": "weather"}}
-    message = claude.messages.create(**asked)
-    with claude.messages.stream(**asked) as stream:
-        streamed = stream.get_final_message()
-    for content in (message.content, streamed.content):
-        [used] = [block for block in content if block.type == "tool_use"]
+    asked |= {"extra_body": {"temperature": 2}}
+
+    def streamed():
+        with claude.messages.stream(**asked) as stream:
+            return stream.get_final_message()
+
+    for answer in (lambda: claude.messages.create(**asked), streamed):
+        answers = (answer() for _ in range(6))
+        whole = next(found for found in answers if found.stop_reason != "max_tokens")
+        assert whole.stop_reason == "tool_use"
+        [used] = [block for block in whole.content if block.type == "tool_use"]
         assert used.name == "weather"
         assert used.id
-        assert isinstance(used.input, dict)
+        assert used.input["city"] in CITIES
 
 
 def test_what_a_request_lets_it_think_is_no_part_of_the_answer(ready, client):
@@ -209,6 +215,15 @@ def test_errors_have_the_clients_own_classes(ready, client, claude):
         with pytest.raises(anthropic.BadRequestError) as error:
             claude.messages.create(**(MESSAGE | change))
         assert error.value.body["error"]["message"]
+    assert client.completions.create(**PROMPT).usage.completion_tokens == 8
+
+
+def test_what_drafts_do_not_allow_is_refused_and_the_engine_lives(ready, client):
+    scoring = {"model": MODEL, "query": "The", "items": [" sea"], "label_token_ids": [100, 200]}
+    headers = {"Content-Type": "application/json"}
+    status, _, body = ready.ask("POST", "/generative_scoring", scoring, headers)
+    assert status == 400
+    assert b"logprob_token_ids is not yet supported with speculative decoding" in body
     assert client.completions.create(**PROMPT).usage.completion_tokens == 8
 
 
