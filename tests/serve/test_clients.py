@@ -166,7 +166,7 @@ def test_a_tool_call_that_is_forced_is_well_formed(ready, client):
 
 
 def test_a_tool_that_a_message_must_use_is_called_in_full(ready, claude):
-    """No penalty can be asked for here: hot enough, the blanks end in most answers."""
+    """No penalty can be asked for here: hot enough, the blanks end in every second answer."""
     about = {"description": "The weather.", "input_schema": WEATHER, "strict": True}
     asked = MESSAGE | {"max_tokens": 400, "tools": [NAMED | about]}
     asked |= {"tool_choice": {"type": "tool", "name": "weather"}}
@@ -177,7 +177,7 @@ def test_a_tool_that_a_message_must_use_is_called_in_full(ready, claude):
             return stream.get_final_message()
 
     for answer in (lambda: claude.messages.create(**asked), streamed):
-        answers = (answer() for _ in range(6))
+        answers = (answer() for _ in range(12))
         whole = next(found for found in answers if found.stop_reason != "max_tokens")
         assert whole.stop_reason == "tool_use"
         [used] = [block for block in whole.content if block.type == "tool_use"]
@@ -225,6 +225,21 @@ def test_what_drafts_do_not_allow_is_refused_and_the_engine_lives(ready, client)
     assert status == 400
     assert b"logprob_token_ids is not yet supported with speculative decoding" in body
     assert client.completions.create(**PROMPT).usage.completion_tokens == 8
+
+
+def test_what_drafts_verify_is_sampled_as_asked(ready, client):
+    """The best token alone may be taken, at any temperature: the greedy text."""
+
+    def text(**extra):
+        job = PROMPT | {"max_tokens": 40} | extra.pop("job", {})
+        return client.completions.create(**job, extra_body=extra).choices[0].text
+
+    greedy = text()
+    assert text(top_k=1, job={"temperature": 2}) == greedy
+    assert text(job={"temperature": 2, "top_p": 1e-6}) == greedy
+    assert text(job={"temperature": 1e-3}) == greedy
+    usual = {"temperature": 0.7, "top_p": 0.9, "seed": 1}
+    assert text(top_k=40, repetition_penalty=1.2, job=usual)
 
 
 def test_the_status_counts_them_and_shows_the_head_at_work(ready, client):
