@@ -23,7 +23,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
@@ -37,6 +36,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from bench.server import free_port  # noqa: E402
 from serve.environment import run_path  # noqa: E402
 from serve.versions import collect_versions  # noqa: E402
 
@@ -83,7 +83,7 @@ FILES = (
     "serve/tokenize/test_tokenization.py",
 )
 # Left out, by how their names begin; why.
-CRASH = "logprob_token_ids ends vLLM's engine where there is speculation"
+REFUSED = "asks for logprob_token_ids, which are refused where there is speculation"
 FLAG = "needs a flag of vLLM that no profile sets"
 LONG = "asks without a bound, and when the tiny model ends by itself is chance"
 RIGHT = "asks for a right answer, or one of JSON to its end, which the tiny model does not give"
@@ -94,10 +94,10 @@ DESELECTED = {
     "anthropic/test_messages.py::test_simple_messages": LONG,
     "anthropic/test_messages.py::test_system_message": LONG,
     "generate/generative_scoring/test_generative_scoring_e2e.py::TestGenerativeScoringAPI"
-    "::test_score_consistency": CRASH,
-    "openai/chat_completion/test_logprob_token_ids.py": CRASH,
+    "::test_score_consistency": REFUSED,
+    "openai/chat_completion/test_logprob_token_ids.py": REFUSED,
     "openai/chat_completion/test_batched_chat_completions.py"
-    "::test_batched_chat_completions_logprob": CRASH,
+    "::test_batched_chat_completions_logprob": REFUSED,
     "openai/chat_completion/test_batched_chat_completions.py::test_batched_chat_completions[": LONG,
     "openai/chat_completion/test_batched_chat_completions.py"
     "::test_batched_chat_completions_with_json_schema": LONG,
@@ -265,12 +265,6 @@ def run_tests(
 
 
 # -------------------------------------------------------------------------------------- servers
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from bench.server import free_port
 from kernels.build import ROOT
 from serve.command import vllm_command
 from serve.profiles import load_profile
@@ -44,9 +44,7 @@ class Patient(Front):
 
 @pytest.fixture
 def front(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     uds, record = tmp_path / "s", tmp_path / "load.json"
     command = vllm_command(load_profile("cpu-tiny"), CHECKPOINT, "", 0, 1, uds=uds)
     command += ["--tensor-parallel-size", "2", "--distributed-executor-backend", "mp"]

@@ -11,13 +11,14 @@ import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from bench.server import free_port
 
 ROOT = Path(__file__).parents[2]
 FAKE = Path(__file__).with_name("fake_engine.py")
@@ -101,9 +102,7 @@ class Front:
 def running_front(folder: Path, lives: list[dict[str, Any]], **config: Any) -> Iterator[Front]:
     """Start a front whose engine's lives go as told. config: of FrontConfig; limits as a dict."""
     (folder / "control").mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     limits = QUICK | config.pop("limits", {})
     command = [sys.executable, str(FAKE), "--uds", str(folder / "s"), "--lives", json.dumps(lives)]
     command += ["--control", str(folder / "control")]

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import shutil
-import socket
 import subprocess
 import urllib.error
 import urllib.parse
@@ -12,6 +11,7 @@ import urllib.request
 import pytest
 import yaml
 
+from bench.server import free_port
 from tests.serve.dashboard import FOLDER, metric_names, targets
 from tests.serve.front_process import running_front, wait_until
 
@@ -57,9 +57,7 @@ def prometheus(tmp_path_factory):
     config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
     config["global"]["evaluation_interval"] = "100ms"
     config["rule_files"] = [str(FOLDER / pattern) for pattern in config["rule_files"]]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with running_front(
         folder / "front", [{}], keys=str(folder / "keys"), monitor_interval_s=0.05
     ) as front:
@@ -79,7 +77,7 @@ def prometheus(tmp_path_factory):
             found = Prometheus(port)
             for _ in range(2):
                 before = found.scrapes()
-                wait_until(lambda b=before: found.scrapes() >= b + 2, (folder / "log").read_text())
+                wait_until(lambda b=before: found.scrapes() >= b + 2, "two scrapes")
                 work = {"events": 2, "drafts": 10, "accepted": 8}
                 front.ask("POST", "/v1/completions", work, {"x-api-key": "0123456789abcdef"})
             before = found.scrapes()
