@@ -44,6 +44,7 @@ SCHEMA_VERSION = 1
 MODEL = "tiny/checkpoint"  # served under its path, because tests read the tokenizer of the model
 SETTINGS = ("--profile", "cpu-tiny", "--served-model-name", MODEL)
 SETTINGS += ("--enable-scale-out", "--max-num-queued-reqs", "256")  # a test sends 200 at once
+SETTINGS += ("--max-body-bytes", str(2**27))  # a test sends 66 MB, to be refused by vLLM
 ENVIRONMENT = {"VLLM_ENABLE_RESPONSES_API_STORE": "1", "VLLM_ENABLE_COHERE_API": "1"}
 ENVIRONMENT["VLLM_SERVER_DEV_MODE"] = "1"  # for /reset_prefix_cache
 WINDOW = 8192  # tokens, as most of the tests have it

@@ -18,7 +18,7 @@ from serve.relay import (
     answer,
     is_work,
 )
-from serve.request_id import request_id
+from serve.request_id import client_id, new_id
 from serve.stages import Stage
 from serve.supervisor import Supervisor
 
@@ -58,7 +58,9 @@ class Gateway:
             await send({"type": "websocket.close", "code": 1008, "reason": "not relayed"})
             return
         path, method = scope["path"], scope["method"]
-        flight = Flight(path, is_work(method, path), method, request_id(scope["headers"]))
+        flight = Flight(path, is_work(method, path), method, client_id(scope["headers"]))
+        flight.client_named = bool(flight.request_id)
+        flight.request_id = flight.request_id or new_id()
         refusal = None if path in self._open else self._check_key(scope, flight)
         if path in OWN_PATHS and not refusal:
             await self._own(scope, receive, send)

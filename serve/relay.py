@@ -43,6 +43,9 @@ HOP_BY_HOP = frozenset(
     )
 )
 REQUEST_ID = b"x-request-id"  # vLLM takes it as the request's name
+# The engine's name of a request, at the start of an answer. In generated text quotes are escaped.
+ENGINE_ID = re.compile(rb'"(?:request_)?id": ?"([A-Za-z0-9._:-]{1,192})"')
+ENGINE_ID_BYTES = 512
 # vLLM's error once its core is dead, just before it ends: 500, or an event. The request can be sent
 # again, so its client is told that the engine is gone. Generated text has its quotes escaped.
 DEAD_WORDS = b"EngineCore encountered an issue"
@@ -86,6 +89,8 @@ class Flight:
     work: bool
     method: str = ""
     request_id: str = ""
+    client_named: bool = False  # request_id is the client's
+    engine_id: str = ""  # by which the engine's own lines know it
     key: Key | None = None
     started_s: float = field(default_factory=time.monotonic)
     first_byte_s: float = (
@@ -135,6 +140,8 @@ class Flight:
         """Note that a part of the answer went its way."""
         if not self.first_byte_s and not part.startswith(b":"):
             self.first_byte_s = time.monotonic()
+            if self.work and (found := ENGINE_ID.search(part, 0, ENGINE_ID_BYTES)):
+                self.engine_id = found[1].decode()
         self.num_bytes_out += len(part)
         size = len(LAST_EVENT)
         self.tail = part[-size:] if len(part) >= size else (self.tail + part)[-size:]
@@ -245,7 +252,8 @@ class Relay:
 
     def _request_headers(self, scope: Message, flight: Flight) -> Headers:
         headers = [h for h in kept_headers(scope["headers"]) if h[0] not in self._hidden]
-        headers.append((REQUEST_ID, flight.request_id.encode()))
+        if flight.client_named:
+            headers.append((REQUEST_ID, flight.request_id.encode()))
         if is_chunked(scope):
             headers.append((b"transfer-encoding", b"chunked"))
         headers.append((b"connection", b"close"))

@@ -54,14 +54,14 @@ class Limits:
 class End:
     """One unasked end of the engine.
 
-    counts: towards max_ends. stalled_start: it made no progress before it was ready.
+    counts: towards max_ends. in_start: that life was never ready.
     """
 
     at_unix_s: float
     reason: str
     report: Path | None = None  # what was dumped before it was ended
     counts: bool = True
-    stalled_start: bool = False
+    in_start: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Supervisor:
         self._echo = echo or write_to_stdout
         self._stop = asyncio.Event()
         self._stalled: asyncio.Future[Stall] | None = None
-        self._ready_unix_s = 0.0  # when an engine last became ready
+        self._ready_unix_s, self._ready_life = 0.0, 0  # when an engine last became ready, and which
 
     @property
     def ready(self) -> bool:
@@ -218,10 +218,10 @@ class Supervisor:
             if failure:
                 reason += f"; all-reduce: {failure.said}"
             counts = failure is None or failure.choice is None
-            stalled_start = stall is not None and stall.starting
-            self.ends.append(End(time.time(), reason, report, counts, stalled_start))
+            in_start = self._ready_life != self.num_lives
+            self.ends.append(End(time.time(), reason, report, counts, in_start))
             since = time.time() - self.limits.window_s
-            recent = [e for e in self.ends if e.counts and self._is_recent(e, since)]
+            recent = [end for end in self.ends if end.counts and self._is_recent(end, since)]
             if len(recent) >= self.limits.max_ends:
                 within = f"within {self.limits.window_s / 60:.0f} minutes"
                 if recent[0].at_unix_s <= since:
@@ -241,12 +241,10 @@ class Supervisor:
         self._enter(Stage.STOPPED)
 
     def _is_recent(self, end: End, since_unix_s: float) -> bool:
-        """A start takes minutes to stall, three of them more than the window: until an engine is
+        """A start takes minutes to fail, three of them more than the window: until an engine is
         ready again, such an end stays recent.
         """
-        return end.at_unix_s > since_unix_s or (
-            end.stalled_start and end.at_unix_s > self._ready_unix_s
-        )
+        return end.at_unix_s > since_unix_s or (end.in_start and end.at_unix_s > self._ready_unix_s)
 
     def _change_tier(self, stall: Stall | None) -> Failure | None:
         """What the all-reduce had to do with the end; the next life starts with its answer."""
@@ -378,7 +376,7 @@ class Supervisor:
                             break
                 await asyncio.sleep(self.limits.poll_s)
         self._enter(Stage.READY)
-        self._ready_unix_s = time.time()
+        self._ready_unix_s, self._ready_life = time.time(), self.num_lives
         self._on_ready()
 
     async def _end_gently(

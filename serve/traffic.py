@@ -41,6 +41,7 @@ class Traffic:
         event(
             "request",
             id=flight.request_id,
+            engine_id=flight.engine_id or None,
             method=flight.method,
             path=shown_path(flight.path),
             status=flight.status or None,

@@ -11,6 +11,7 @@ from tests.serve.dashboard import metric_names, page_names, targets
 from tests.serve.front_process import wait_until
 from tests.serve.test_dashboard import VLLM_NAMES
 from tests.serve.test_engine import MODEL
+from tests.serve.test_log import requests_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -216,6 +217,33 @@ def test_errors_have_the_clients_own_classes(ready, client, claude):
             claude.messages.create(**(MESSAGE | change))
         assert error.value.body["error"]["message"]
     assert client.completions.create(**PROMPT).usage.completion_tokens == 8
+
+
+def test_a_request_is_called_as_its_client_says_and_the_log_knows_the_engines_name(
+    ready, client, claude
+):
+    """In the head, else in the body, as without the gateway; else each has an id of its own."""
+    head = {"X-Request-Id": "from-the-head"}
+    body = {"request_id": "from-the-body"}
+    chat, text = client.chat.completions.create, client.completions.create
+    assert chat(**CHAT, extra_body=body).id == "chatcmpl-from-the-body"
+    assert text(**PROMPT, extra_body=body).id == "cmpl-from-the-body"
+    assert chat(**CHAT, extra_body=body, extra_headers=head).id == "chatcmpl-from-the-head"
+    assert chat(**CHAT, extra_headers=head).id == "chatcmpl-from-the-head"
+    assert chat(**CHAT).id != chat(**CHAT).id
+
+    def known(answer):
+        return next((r for r in requests_of(ready) if r.get("engine_id") == answer), None)
+
+    streamed = {chunk.id for chunk in chat(**CHAT, stream=True)}
+    whole = {client.responses.create(**RESPONSE).id, claude.messages.create(**MESSAGE).id}
+    for answer in streamed | whole:
+        line = wait_until(lambda answer=answer: known(answer), f"the line of {answer}")
+        assert line["id"].startswith("req-")
+    [line] = [r for r in requests_of(ready) if r.get("engine_id") == "cmpl-from-the-body"]
+    assert line["path"] == "/v1/completions"
+    named = [r["engine_id"] for r in requests_of(ready) if r["id"] == "from-the-head"]
+    assert named == ["chatcmpl-from-the-head"] * 2
 
 
 def test_what_drafts_do_not_allow_is_refused_and_the_engine_lives(ready, client):

@@ -18,8 +18,8 @@ OUTPUT = "s3cret-output"
 
 
 def requests_of(front):
-    """Our lines; the engine may have left one of its own without an end."""
-    lines = [json.loads(line) for line in re.findall(r'\{"time": .*', front.log())]
+    """Our whole lines; the engine may have left one of its own without an end."""
+    lines = [json.loads(line) for line in re.findall(r'(\{"time": .*)\n', front.log())]
     return [line for line in lines if line["event"] == "request"]
 
 
@@ -91,11 +91,31 @@ def test_a_fit_id_is_the_client_s_everywhere(open_front, given):
 @pytest.mark.parametrize(
     "given", ["", "x" * 129, "a b", "a\tb", 'a"}', "é", "a;b", "\u2028".encode()]
 )
-def test_an_unfit_id_is_replaced_everywhere(open_front, given):
+def test_an_unfit_id_is_replaced_by_ours_and_not_passed_on(open_front, given):
     _, headers, _ = open_front.ask("GET", "/echo", headers={"X-Request-Id": given})
     [ours] = headers.get_all("X-Request-Id")
     assert re.fullmatch(r"req-[0-9a-f]{24}", ours)
-    assert dict(json.loads(headers["x-head"])[3])["x-request-id"] == ours
+    assert "x-request-id" not in dict(json.loads(headers["x-head"])[3])
+    wait_until(lambda: ours in [r["id"] for r in requests_of(open_front)], "it is logged")
+
+
+@pytest.mark.parametrize(
+    ("part", "engine_id"),
+    [
+        ('{"id":"cmpl-7","text":"{\\"id\\":\\"of the text\\"}"}', "cmpl-7"),
+        (': keep-alive\n\ndata: {"message": {"id": "chatcmpl-7"}}\n\n', None),  # one part
+        ('data: {"message": {"id": "chatcmpl-7"}}\n\n', "chatcmpl-7"),
+        ('{"request_id":"abc","choices":[]}', "abc"),
+        ('{"text":"{\\"id\\":\\"secret\\"}"}', None),
+        ('{"text":"%s","id":"late"}' % ("x" * 512), None),
+        ('{"id":"a secret"}', None),
+    ],
+)  # fmt: skip
+def test_the_engine_s_own_name_of_a_request_is_in_its_line(open_front, part, engine_id):
+    _, headers, _ = open_front.ask("POST", "/v1/completions", {"parts": [part]})
+    [ours] = headers.get_all("X-Request-Id")
+    [line] = wait_until(lambda: [r for r in requests_of(open_front) if r["id"] == ours], "a line")
+    assert line.get("engine_id") == engine_id
 
 
 def test_a_path_cannot_forge_a_field_of_a_text_line(tmp_path):

@@ -181,13 +181,22 @@ def test_three_starts_that_hang_are_enough_however_long_they_took(tmp_path):
     assert len(lives.supervisor.ends) == lives.watchdog.num_stalls == 3
 
 
+def test_three_starts_that_crash_are_enough_however_long_they_took(tmp_path):
+    lives = Lives(tmp_path, ["time.sleep(0.2); sys.exit(3)"], tiers=False)
+    lives.supervisor.limits = Limits(**QUICK | {"back_off_s": 0.01, "window_s": 0.1})
+    asyncio.run(lives.until(lambda: lives.supervisor.stage is Stage.FAILED))
+    assert len(lives.supervisor.ends) == 3
+    said = "3 ends without a ready engine between them; the last: the engine ended with exit status"
+    assert lives.supervisor.failure.startswith(said)
+
+
 def test_an_engine_that_was_ready_in_between_forgives_the_starts_before(tmp_path):
     plan = ["hang()", "hang()", "os.fork() or (time.sleep(0.5), os.kill(os.getppid(), 9)); serve()"]
     plan += ["serve()"]
     lives = Lives(tmp_path, plan, tiers=False)
     lives.supervisor.limits = Limits(**QUICK | {"back_off_s": 0.01, "window_s": 0.1})
     asyncio.run(lives.until(lambda: lives.supervisor.ready and lives.supervisor.num_lives == 4))
-    assert [end.stalled_start for end in lives.supervisor.ends] == [True, True, False]
+    assert [end.in_start for end in lives.supervisor.ends] == [True, True, False]
 
 
 # ------------------------------------------------------------------------------ signs of work
