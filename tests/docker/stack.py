@@ -6,11 +6,11 @@ import contextlib
 import http.client
 import json
 import secrets
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.server import free_port
 from tests.docker.own_engine import DEBIAN_BIN, OwnEngine, wait_until
 
 MODEL = "dsv4-tiny"
@@ -20,9 +20,7 @@ class Stack:
     """What the compose profile `profile` starts, or none (""), under a project name of its own."""
 
     def __init__(self, engine: OwnEngine, profile: str, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        self.port = free_port()
         self.project = f"dsv4-test-{profile or 'cpu'}"
         self.key = f"key-{secrets.token_hex(16)}"
         keys = folder / "api_keys"

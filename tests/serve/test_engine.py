@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import anthropic
 import openai
 import pytest
 
+from bench.server import free_port
 from serve.evidence import group_members
 from tests.serve.front_process import Front, answers, wait_until
 
@@ -27,9 +27,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def front(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engine")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "serve", "run", "--profile", "cpu-tiny", "--port", str(port)]
     command += ["--stall-timeout", str(STALL_S), "--report-dir", str(folder / "reports")]
     command += ["--load-record", str(folder / "load.json")]

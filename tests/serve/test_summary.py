@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.server import free_port
 from serve import summary
 
 ROOT = Path(__file__).parents[2]
@@ -149,9 +150,7 @@ def test_nothing_is_printed_when_the_engine_ends_first(record):
 @pytest.mark.engine
 @pytest.mark.slow
 def test_the_engine_s_own_record_is_printed_once_it_answers(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log, record = tmp_path / "log", tmp_path / "new" / "load.json"
     command = [sys.executable, "-m", "serve", "run", "--profile", "cpu-tiny", "--port", str(port)]
     with log.open("w") as output:
