@@ -81,8 +81,14 @@ def read_program(folder: str) -> str:
     return ""
 
 
-def works(before: Session, after: Session, leader: int, seconds: float) -> bool:
-    """Whether there are signs of work between two looks, `seconds` apart."""
+def works(
+    before: Session, after: Session, leader: int, seconds: float, serving: bool = False
+) -> bool:
+    """Whether there are signs of work between two looks, `seconds` apart.
+
+    serving: requests come, which the leader reads and hands on, also to an engine that hangs: its
+    pages and everybody's bytes say nothing then.
+    """
     if before.keys() != after.keys():
         return True  # a process began or ended
     own = next((counts.program for (pid, _), counts in after.items() if pid == leader), "")
@@ -91,7 +97,9 @@ def works(before: Session, after: Session, leader: int, seconds: float) -> bool:
         then = before[key]
         if now.ended_pages > then.ended_pages:
             return True  # a child began and ended between the looks
-        if now.pages - then.pages >= PAGES or now.io_bytes - then.io_bytes >= IO_BYTES:
+        if now.pages - then.pages >= PAGES and not (serving and key[0] == leader):
+            return True
+        if now.io_bytes - then.io_bytes >= IO_BYTES and not serving:
             return True
         ticks += now.ticks - then.ticks if now.program != own else 0
     return ticks * TICK_S >= CPU_SHARE * seconds

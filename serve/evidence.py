@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from serve.threads import in_thread
+
 TOOL_S = 10.0
 ABORT_S = 3.0
 # Only names that say how ranks reduce and what is compiled; never a key.
@@ -40,7 +42,8 @@ def process_facts(pid: int) -> dict[str, Any]:
     facts: dict[str, Any] = {"pid": pid}
     folder = Path(f"/proc/{pid}")
     with contextlib.suppress(OSError):
-        facts["name"] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:80].strip()
+        command = (folder / "cmdline").read_bytes().replace(b"\0", b" ")
+        facts["name"] = command.decode("utf-8", "replace")[:80].strip()
     with contextlib.suppress(OSError):
         lines = (folder / "status").read_text().splitlines()
         wanted = ("State", "VmRSS", "Threads")
@@ -73,9 +76,12 @@ async def run_tool(*command: str) -> str:
     """A tool's output, or why there is none; at most TOOL_S."""
     if shutil.which(command[0]) is None:
         return f"{command[0]}: not installed"
-    process = await asyncio.create_subprocess_exec(
-        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-    )
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        )
+    except OSError as error:
+        return f"{command[0]}: {error.strerror}"
     try:
         output, _ = await asyncio.wait_for(process.communicate(), TOOL_S)
     except TimeoutError:
@@ -109,10 +115,14 @@ async def gather_evidence(group: int, tail: Iterable[str]) -> dict[str, Any]:
     evidence: dict[str, Any] = {
         "schema_version": 1,
         "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "processes": [process_facts(pid) for pid in pids],
-        "environment": shown_environment(group),
+        "processes": [{"pid": pid, "unreadable": True} for pid in pids],
+        "environment": {},
         "log": list(tail),
     }
+    # Of a process that waits in a driver, memory and all that is read from there may be locked.
+    with contextlib.suppress(TimeoutError):
+        read = in_thread(lambda: ([process_facts(pid) for pid in pids], shown_environment(group)))
+        evidence["processes"], evidence["environment"] = await asyncio.wait_for(read, TOOL_S)
     evidence["gpus"], evidence["links"] = await asyncio.gather(
         run_tool("nvidia-smi"), run_tool("nvidia-smi", "topo", "-m")
     )

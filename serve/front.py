@@ -28,7 +28,7 @@ from serve.monitor import Monitor
 from serve.own_routes import OwnRoutes
 from serve.profiles import Profile
 from serve.protocol import bounded
-from serve.relay import Flight, Relay, end_quietly
+from serve.relay import Flight, Outcome, Relay, end_quietly
 from serve.status import Parts
 from serve.supervisor import Limits, Supervisor
 from serve.traffic import Traffic
@@ -139,6 +139,7 @@ async def serve_logged(
 ) -> int:
     """`serve` while the log is open."""
     faults, traffic = Faults(), Traffic()
+    signals = [asyncio.Event(), asyncio.Event()]
     supervisor = Supervisor(
         command,
         environment,
@@ -181,7 +182,11 @@ async def serve_logged(
     metrics = Metrics(parts)
     own = OwnRoutes(parts, metrics)
 
+    cut: set[Flight] = set()  # after the signal
+
     def on_end(flight: Flight) -> None:
+        if flight.outcome is Outcome.ENGINE_LOST and signals[0].is_set():
+            cut.add(flight)
         admission.learn(flight, time.monotonic())
         metrics.observe(flight, time.monotonic())
         traffic.ended(flight)
@@ -209,7 +214,6 @@ async def serve_logged(
             date_header=False,
         )
     )
-    signals = [asyncio.Event(), asyncio.Event()]
 
     def on_signal() -> None:
         next((event for event in signals if not event.is_set()), signals[-1]).set()
@@ -226,7 +230,8 @@ async def serve_logged(
         # Only the signal ends by itself; if another does, its error must end the command.
         await asyncio.wait((http, engine, told, watch), return_when=asyncio.FIRST_COMPLETED)
         supervisor.drain()
-        num_cut = await drain(relay, signals[1], config.shutdown_timeout) if told.done() else 0
+        if told.done():
+            cut |= await drain(relay, signals[1], config.shutdown_timeout)
         supervisor.stop()
         await engine
     finally:
@@ -238,15 +243,16 @@ async def serve_logged(
         await end_quietly(look)
         await own.close()
         config.socket_path.unlink(missing_ok=True)
-    if num_cut:
-        event("drain", f"{num_cut} request(s) cut off", logging.WARNING)
-    return 1 if num_cut else 0
+    if cut:
+        event("drain", f"{len(cut)} request(s) cut off", logging.WARNING)
+    return 1 if cut else 0
 
 
-async def drain(relay: Relay, now: asyncio.Event, grace_s: float) -> int:
-    """Wait for the requests in flight; returns how many are left after the grace or a signal."""
+async def drain(relay: Relay, now: asyncio.Event, grace_s: float) -> set[Flight]:
+    """Wait for the requests in flight; returns those that are left after the grace or a signal."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + grace_s
-    while relay.num_working and not now.is_set() and loop.time() < deadline:
+    accepted = set(relay.flights)  # more may come that only look on
+    while accepted & relay.flights and not now.is_set() and loop.time() < deadline:
         await asyncio.sleep(DRAIN_POLL_S)
-    return relay.num_working
+    return accepted & relay.flights

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import statistics
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from serve.faults import FaultKind, Faults
 from serve.gpus import Gpu, driver_version, load_nvml, read_gpus
 from serve.mtp import MtpTruth, value
 from serve.supervisor import Supervisor
+from serve.threads import in_thread
 from serve.traffic import Traffic
 
 POINTS = 720
@@ -52,31 +52,6 @@ class Seen:
     gpus: list[Gpu] | None = None
     record: dict[str, Any] | None = None
     points: deque[Point] = field(default_factory=lambda: deque(maxlen=POINTS))
-
-
-def in_thread(function: Callable[[], Any]) -> asyncio.Future[Any]:
-    """Call it in a thread that nobody waits for: one that hangs must not keep us from ending."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Any] = loop.create_future()
-
-    def settle(result: Any, error: Exception | None) -> None:
-        if future.done():
-            return
-        if error:
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-
-    def call() -> None:
-        try:
-            result, error = function(), None
-        except Exception as raised:  # noqa: BLE001 (handed to who waits)
-            result, error = None, raised
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(settle, result, error)
-
-    threading.Thread(target=call, daemon=True).start()
-    return future
 
 
 class Monitor:

@@ -46,6 +46,7 @@ class Limits:
     back_off_s: float = 1.0  # doubled with each end within the window
     max_back_off_s: float = 60.0
     stop_s: float = 10.0  # from TERM to KILL
+    die_s: float = 30.0  # from KILL to the end; a process that waits in a driver may not die
     poll_s: float = 0.25
     max_retry_after_s: int = 120
 
@@ -106,7 +107,7 @@ class Supervisor:
     Args:
         command, environment: of the engine.
         socket_path: where the engine will listen.
-        on_ready: called at each life's first ready.
+        on_ready: called in a thread when a life is ready; what it raises is logged.
         echo: takes the engine's output as it comes, in a thread.
         tiers: of the all-reduce; None: a fault of one is an end as any.
     """
@@ -139,6 +140,8 @@ class Supervisor:
         self._tiers = tiers
         self._echo = echo or write_to_stdout
         self._stop = asyncio.Event()
+        self._closing = False  # no new work is to be taken
+        self._bar_since_s = self._restart_at_s = 0.0
         self._stalled: asyncio.Future[Stall] | None = None
         self._ready_unix_s, self._ready_life = 0.0, 0  # when an engine last became ready, and which
 
@@ -169,6 +172,7 @@ class Supervisor:
 
     def drain(self) -> None:
         """Take no new work from now on."""
+        self._closing = True
         if self.stage is Stage.READY:
             self._enter(Stage.DRAINING)
 
@@ -180,7 +184,7 @@ class Supervisor:
         """What a request is told while the engine takes none."""
         if self.stage is Stage.FAILED:
             return Refusal(503, f"the engine failed and is not restarted: {self.failure}")
-        if self.stage in (Stage.DRAINING, Stage.STOPPED):
+        if self._closing or self.stage in (Stage.DRAINING, Stage.STOPPED):
             return Refusal(503, "the server is shutting down", 10)
         return Refusal(503, f"the engine is not ready: {self.describe()}", self.retry_after_s())
 
@@ -200,8 +204,10 @@ class Supervisor:
     def retry_after_s(self) -> int:
         """Seconds until asking again makes sense: the rest of the stage at its rate so far."""
         seconds = 5.0
+        if self.stage is Stage.RESTARTING:
+            seconds += max(0.0, self._restart_at_s - time.monotonic())
         if self.progress and 0 < self.progress.done < self.progress.total:
-            spent = time.monotonic() - self.stage_since_s
+            spent = time.monotonic() - self._bar_since_s
             seconds = spent / self.progress.done * (self.progress.total - self.progress.done)
         return max(1, min(self.limits.max_retry_after_s, round(seconds)))
 
@@ -209,6 +215,9 @@ class Supervisor:
         """Keep the engine running; returns after `stop`, with nothing of it left."""
         while not self._stop.is_set():
             reason, report = await self._live()
+            if self.pid:
+                await self._give_up(f"{reason}; process {self.pid} does not die: reboot")
+                break
             if self._stop.is_set():
                 break
             stall = self._stalled.result() if self._stalled and self._stalled.done() else None
@@ -226,19 +235,24 @@ class Supervisor:
                 within = f"within {self.limits.window_s / 60:.0f} minutes"
                 if recent[0].at_unix_s <= since:
                     within = "without a ready engine between them"
-                self.failure = f"{len(recent)} ends {within}; the last: {reason}"
-                self._enter(Stage.FAILED)
-                self._faults.begin(FaultKind.ENGINE_FAILED, self.failure)
-                self.say(f"not restarted: {self.failure}")
-                await self._stop.wait()
+                await self._give_up(f"{len(recent)} ends {within}; the last: {reason}")
                 break
-            self._enter(Stage.RESTARTING)
             wait_s = self.limits.back_off_s * 2 ** max(0, len(recent) - 1)
             wait_s = min(wait_s, self.limits.max_back_off_s)
+            self._restart_at_s = time.monotonic() + wait_s
+            self._enter(Stage.RESTARTING)
             self.say(f"{reason}; restart in {wait_s:g} s")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), wait_s)
         self._enter(Stage.STOPPED)
+
+    async def _give_up(self, why: str) -> None:
+        """Start no other engine; returns after `stop`."""
+        self.failure = why
+        self._enter(Stage.FAILED)
+        self._faults.begin(FaultKind.ENGINE_FAILED, why)
+        self.say(f"not restarted: {why}")
+        await self._stop.wait()
 
     def _is_recent(self, end: End, since_unix_s: float) -> bool:
         """A start takes minutes to fail, three of them more than the window: until an engine is
@@ -278,6 +292,7 @@ class Supervisor:
             await asyncio.wait(
                 (ended, stopping, self._stalled), return_when=asyncio.FIRST_COMPLETED
             )
+            probe.cancel()  # before anything else: what is to end must not become ready
             if ended.done():
                 self._enter(Stage.RESTARTING)
                 number = process.returncode
@@ -291,12 +306,14 @@ class Supervisor:
                 reason = self._stalled.result().reason
                 self._enter(Stage.RESTARTING)
                 self.say(f"{reason}; it is ended")
-                report = await self.dump(reason) if self.dump else None
+                report = await self._dump(reason)
         finally:
-            await end_quietly(probe)
             signal_group(process.pid, signal.SIGKILL)  # also what a dead leader left behind
-            await ended
-            self.pid = 0
+            await asyncio.wait((ended, probe), timeout=self.limits.die_s)
+            if ended.done():
+                self.pid = 0
+            else:
+                ended.cancel()
             # With a limit: a process outside the group may hold the output open.
             reading = asyncio.create_task(all_read.wait())
             await asyncio.wait(
@@ -305,6 +322,16 @@ class Supervisor:
             await end_quietly(reading)
             await end_quietly(stopping)
         return reason, report
+
+    async def _dump(self, reason: str) -> Path | None:
+        """What is known of an engine that is to end; that it cannot be had stops nothing."""
+        if self.dump is None:
+            return None
+        try:
+            return await self.dump(reason)
+        except Exception as error:  # noqa: BLE001 (whatever it is, the engine must be ended)
+            self.say(f"nothing was learnt of the stalled engine: {error!r}")
+            return None
 
     async def _spawn(self) -> tuple[asyncio.subprocess.Process, asyncio.Event]:
         """The engine's process, and what is set when all of its output is in `tail`."""
@@ -361,8 +388,11 @@ class Supervisor:
                 self._enter(stage, progress)
 
     def _enter(self, stage: Stage, progress: Progress | None = None) -> None:
+        now = time.monotonic()
         if stage is not self.stage:
-            self.stage_since_s = time.monotonic()
+            self.stage_since_s = self._bar_since_s = now
+        elif progress and self.progress and progress.done < self.progress.done:
+            self._bar_since_s = now  # another bar of the same stage
         self.stage, self.progress = stage, progress
 
     async def _wait_until_ready(self) -> None:
@@ -375,9 +405,18 @@ class Supervisor:
                         if response.status == 200:
                             break
                 await asyncio.sleep(self.limits.poll_s)
+        if self._closing or (self._stalled and self._stalled.done()):
+            return  # it is to end
         self._enter(Stage.READY)
         self._ready_unix_s, self._ready_life = time.time(), self.num_lives
-        self._on_ready()
+        # In a thread that nobody waits for: it may write where nobody reads.
+        threading.Thread(target=self._tell_ready, daemon=True).start()
+
+    def _tell_ready(self) -> None:
+        try:
+            self._on_ready()
+        except Exception as error:  # noqa: BLE001 (the engine serves all the same)
+            self.say(f"after it became ready: {error!r}")
 
     async def _end_gently(
         self, process: asyncio.subprocess.Process, ended: asyncio.Task[int]

@@ -1,11 +1,13 @@
 """Notices an engine that makes no progress, and gathers what is known about it before it is ended.
 
-Of a start, progress is any sign of work: see `serve.start_watch`.
+Of a start, progress is any sign of work: see `serve.silence`.
 
 Of an engine that is ready it is a change in what the engine says of its steps. It is asked for only
 while *we* hold requests that wait for the engine: vLLM's own count of running requests has been
 seen at 0 in a wedged engine, and a client that reads slowly or has not sent its whole request is no
-fault of the engine's. An idle engine has no steps; it is asked for one token now and then.
+fault of the engine's. An idle engine has no steps; it is asked for one token now and then. A kernel
+may be compiled at the first request that needs it: while the processes work, a step may take as
+long as a silent start.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import aiohttp
 from serve.evidence import gather_evidence
 from serve.faults import FaultKind, Faults
 from serve.relay import Relay, end_quietly
-from serve.start_watch import StartWatch
+from serve.silence import MAX_GAP, Silence
 from serve.supervisor import Supervisor
 
 # vLLM observes a step's histogram only when the step gives a request an output: the steps of a long
@@ -40,7 +42,8 @@ MAX_POLL_S = 2.0
 class WatchConfig:
     """stall_timeout_s: longest time without progress. canary_interval_s: of an idle engine.
 
-    Of a start: start_step_timeout_s between two steps that vLLM counts, start_stall_timeout_s else.
+    Of a start: start_step_timeout_s between two steps that vLLM counts, start_stall_timeout_s else,
+    which is also the longest time without progress of a ready engine whose processes work.
     """
 
     report_dir: Path
@@ -76,19 +79,21 @@ class Watchdog:
         self._faults = faults or Faults()
         self._life = 0
         self._seen: tuple[str, ...] = ()
-        self._moved_s = self._proved_s = time.monotonic()
+        self._proved_s = time.monotonic()
         self._canary: asyncio.Task[None] | None = None
         timeouts = (config.stall_timeout_s, config.start_stall_timeout_s)
         self._poll_s = min(MAX_POLL_S, *(t / 8 for t in (*timeouts, config.start_step_timeout_s)))
-        self._start = StartWatch(supervisor, self._poll_s)
+        self._start = Silence(self._poll_s)
+        # A look takes as long as the engine's answer.
+        self._read_s = max(1.0, config.stall_timeout_s / 4)
+        look_s = self._poll_s + self._read_s / MAX_GAP
+        self._step = Silence(look_s, grace_s=config.stall_timeout_s / 4, serving=True)
         supervisor.dump = self.dump
 
     @property
     def since_progress_s(self) -> float:
         """Seconds for which the engine has owed progress."""
-        if self._supervisor.starting:
-            return self._start.silent_s
-        return time.monotonic() - self._moved_s
+        return self._start.silent_s if self._supervisor.starting else self._step.owed_s
 
     async def run(self) -> None:
         """Look at the engine until cancelled."""
@@ -106,7 +111,8 @@ class Watchdog:
         self._look_at_start()
         if not supervisor.serving or supervisor.num_lives != self._life:
             self._life, self._seen = supervisor.num_lives, ()
-            self._moved_s = self._proved_s = now
+            self._proved_s = now
+            self._step.forget()
             await end_quietly(self._canary)
             self._canary = None
             return
@@ -114,31 +120,34 @@ class Watchdog:
             self._canary = None
         waiting = self._relay.num_waiting
         if waiting or self._canary:
-            seen = await self._read(session)
-            if seen and seen != self._seen:
-                self._seen, self._moved_s = seen, time.monotonic()
-                self._proved_s = self._moved_s
-            elif self.since_progress_s > self.config.stall_timeout_s:
-                self.num_stalls += 1
-                who = f"{waiting} request(s)" if waiting else "a test request"
-                supervisor.report_stall(
-                    f"the engine made no progress for {self.since_progress_s:.0f} s while {who} "
-                    "waited for it"
-                )
-                self._moved_s = time.monotonic()
+            self._seen = await self._read(session) or self._seen
+            self._look_at_step(f"{waiting} request(s)" if waiting else "a test request")
             return
-        self._moved_s = now
+        self._step.forget()
         if now - self._proved_s > self.config.canary_interval_s:
             self.num_canaries += 1
             self._proved_s = now
             self._canary = asyncio.create_task(self._ask_one_token(session))
+
+    def _look_at_step(self, who: str) -> None:
+        supervisor, step, config = self._supervisor, self._step, self.config
+        step.look(supervisor.pid, self._seen)
+        if not step.owed_s:
+            self._proved_s = time.monotonic()
+        longest_s = max(config.stall_timeout_s, config.start_stall_timeout_s)
+        if step.silent_s > config.stall_timeout_s or step.owed_s > longest_s:
+            self.num_stalls += 1
+            supervisor.report_stall(
+                f"the engine made no progress for {step.owed_s:.0f} s while {who} waited for it"
+            )
+            step.forget()
 
     def _look_at_start(self) -> None:
         supervisor, start = self._supervisor, self._start
         if not supervisor.starting:
             start.forget()
             return
-        start.look()
+        start.look(supervisor.pid, (supervisor.num_lives, supervisor.num_signs))
         config = self.config
         bound_s = config.start_stall_timeout_s
         if supervisor.counting:
@@ -153,7 +162,7 @@ class Watchdog:
 
     async def _read(self, session: aiohttp.ClientSession) -> tuple[str, ...]:
         """What the engine says of its steps; nothing when it does not answer."""
-        timeout = aiohttp.ClientTimeout(total=max(1.0, self.config.stall_timeout_s / 4))
+        timeout = aiohttp.ClientTimeout(total=self._read_s)
         with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
             async with session.get("http://engine/metrics", timeout=timeout) as response:
                 return read_progress(await response.text())

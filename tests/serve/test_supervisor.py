@@ -9,6 +9,9 @@ import threading
 import time
 from pathlib import Path
 
+from serve import supervisor as supervisor_module
+from serve.stages import Stage
+from serve.supervisor import Supervisor
 from tests.serve.front_process import is_running, running_front, wait_until
 
 
@@ -92,6 +95,31 @@ def test_what_outlasts_the_grace_is_cut_with_an_error(tmp_path):
         assert "1 request(s) cut off" in front.log()
 
 
+def test_a_request_that_is_no_work_is_answered_before_the_end_too(tmp_path):
+    with running_front(tmp_path, [{}]) as front:
+        front.wait_until_ready()
+        got = []
+        job = {"prefill_steps": 60, "step_s": 0.05, "events": 1}
+        asking = threading.Thread(target=lambda: got.append(front.ask("POST", "/tokenize", job)))
+        asking.start()
+        time.sleep(0.3)
+        assert front.terminate() == 0
+        asking.join(10)
+        assert got[0][0] == 200
+
+
+def test_what_an_engine_drops_that_ends_in_a_drain_is_counted(tmp_path):
+    with running_front(tmp_path, [{}]) as front:
+        front.wait_until_ready()
+        connection, response = front.begin(events=50, gap_s=0.1)
+        front.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: front.readiness()["stage"] == "draining", "it drains")
+        os.kill(front.lives[0], signal.SIGKILL)
+        assert front.process.wait(10) == 1
+        with contextlib.closing(connection):
+            assert b'"code": 503' in response.read()
+
+
 def test_a_second_sigterm_ends_now(tmp_path):
     with running_front(tmp_path, [{}], shutdown_timeout=60) as front:
         front.wait_until_ready()
@@ -165,8 +193,30 @@ def test_each_restart_waits_twice_as_long(tmp_path):
             assert f"restart in {seconds} s" in front.log()
 
 
+def test_a_client_is_told_to_wait_for_the_restart(tmp_path):
+    limits = {"back_off_s": 30}
+    with running_front(tmp_path, [{}], limits=limits) as front:
+        front.wait_until_ready()
+        front.post(events=1, end="crash")
+        wait_until(lambda: "restart in 30 s" in front.log(), "it waits")
+        assert 20 <= int(front.post(events=1)[1]["Retry-After"]) <= 36
+
+
+def test_the_rest_of_a_stage_is_told_by_the_bar_that_runs(monkeypatch):
+    """The draft model's shards come after the target's."""
+    now = 1000.0
+    monkeypatch.setattr(supervisor_module.time, "monotonic", lambda: now)
+    supervisor = Supervisor([], {}, None)
+    bar = "Loading safetensors checkpoint shards: | {}/{} [00:00<00:01, 4.00it/s]"
+    for done, total, seconds in ((0, 46, 100), (46, 46, 1), (0, 2, 4), (1, 2, 0)):
+        supervisor._read([bar.format(done, total).replace(": |", ":  0% |")], supervisor.tail)
+        now += seconds
+    assert supervisor.stage is Stage.LOADING
+    assert supervisor.retry_after_s() == 4
+
+
 def test_ends_before_the_window_do_not_count(tmp_path):
-    """But for those of starts, which test_start_watch.py has."""
+    """But for those of starts, which test_silence.py has."""
     limits = {"window_s": 0.3, "back_off_s": 0.2}
     with running_front(tmp_path, [{}], limits=limits) as front:
         for life in range(1, 5):

@@ -75,6 +75,22 @@ def test_a_prefill_that_moves_the_kv_cache_alone_is_no_stall(watched):
     assert len(watched.lives) == 1
 
 
+def test_a_kernel_that_is_compiled_at_its_first_use_is_no_stall(watched):
+    """Four times the bound without a step, while a compiler works."""
+    assert watched.post(jit_s=4 * STALL_S, events=1)[0] == 200
+    assert len(watched.lives) == 1
+
+
+def test_compilers_that_find_no_end_are_a_stall(tmp_path):
+    watch = WATCH | {"start_stall_timeout_s": 3 * STALL_S}
+    with running_front(tmp_path, [{}], watch=watch) as front:
+        front.wait_until_ready()
+        start = time.monotonic()
+        assert front.post(jit_s=60, events=1)[0] == 503
+        assert 3 * STALL_S < time.monotonic() - start < 30
+        wait_until(lambda: len(front.lives) == 2, "the second life")
+
+
 def test_a_client_that_sends_or_reads_slowly_is_no_stall(watched):
     with socket.create_connection(("127.0.0.1", watched.port), timeout=10) as sender:
         sender.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")

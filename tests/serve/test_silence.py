@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from serve import start_watch
+from serve import silence, supervisor
 from serve.activity import read_session, works
 from serve.allreduce_tier import AllReduce, Key, Known, Tiers
 from serve.faults import FaultKind, Faults
 from serve.relay import Relay
+from serve.silence import MAX_GAP, Silence
 from serve.stages import WAITING, Stage
-from serve.start_watch import MAX_GAP, StartWatch
 from serve.supervisor import Limits, Supervisor
 from serve.watchdog import WatchConfig, Watchdog
 from tests.serve.front_process import QUICK, running_front, wait_until
@@ -75,7 +75,7 @@ exec(plan[min(life, len(plan) - 1)])
 class Lives:
     """A supervisor and its watchdog over lives of `plan`; with `tiers`, of two cards."""
 
-    def __init__(self, folder, plan, tiers=True, **config):
+    def __init__(self, folder, plan, tiers=True, on_ready=lambda: None, **config):
         self.path, self.reports = folder / "lives", folder / "reports"
         self.faults, self.link = Faults(), None
         command = [sys.executable, "-c", ENGINE, str(self.path), str(folder / "s")]
@@ -94,6 +94,7 @@ class Lives:
             environment,
             folder / "s",
             Limits(**QUICK | {"back_off_s": 0.01}),
+            on_ready,
             echo=lambda data: None,
             faults=self.faults,
             tiers=given,
@@ -199,6 +200,72 @@ def test_an_engine_that_was_ready_in_between_forgives_the_starts_before(tmp_path
     assert [end.in_start for end in lives.supervisor.ends] == [True, True, False]
 
 
+def test_what_is_to_end_does_not_become_ready_while_it_is_dumped(tmp_path):
+    """Its requests would be lost, and the failed starts before it forgiven."""
+    lives = Lives(tmp_path, ["hang(1.5); serve()", "serve()"], tiers=False)
+    ready = []
+
+    async def dump(reason):
+        for _ in range(20):
+            await asyncio.sleep(0.1)
+            ready.append(lives.supervisor.ready)
+
+    lives.supervisor.dump = dump
+    lives.until_ready()
+    assert (len(ready), any(ready)) == (20, False)
+    assert [end.in_start for end in lives.supervisor.ends] == [True]
+
+
+def test_an_engine_does_not_become_ready_while_the_server_shuts_down(tmp_path):
+    lives = Lives(tmp_path, ["serve()"], tiers=False)
+    lives.supervisor.drain()
+    end = []
+
+    def two_seconds_of_listening():
+        if not end and (tmp_path / "s").exists():
+            end.append(time.monotonic() + 2.0)
+        assert not lives.supervisor.ready
+        return end and time.monotonic() > end[0]
+
+    asyncio.run(lives.until(two_seconds_of_listening))
+    assert "shutting down" in lives.supervisor.refusal().message
+
+
+def test_a_dump_that_fails_ends_neither_the_server_nor_the_restart(tmp_path):
+    lives = Lives(tmp_path, ["hang()", "serve()"], tiers=False)
+
+    async def dump(reason):
+        raise FileNotFoundError("no loader")
+
+    lives.supervisor.dump = dump
+    lives.until_ready()
+    assert len(lives.supervisor.ends) == 1
+
+
+def test_a_process_that_does_not_die_is_not_waited_for(tmp_path, monkeypatch):
+    """As one that waits in a driver."""
+    lives = Lives(tmp_path, ["hang()"], tiers=False)
+    lives.supervisor.limits = Limits(**QUICK | {"die_s": 0.3})
+    with monkeypatch.context() as patch:
+        patch.setattr(supervisor, "signal_group", lambda group, number: True)
+        patch.setattr(lives.supervisor, "dump", None)
+        asyncio.run(lives.until(lambda: lives.supervisor.stage is Stage.FAILED))
+    pid = lives.supervisor.pid
+    assert lives.supervisor.failure.endswith(f"process {pid} does not die: reboot")
+    assert lives.supervisor.num_lives == 1
+    os.killpg(pid, signal.SIGKILL)
+
+
+def test_what_is_told_when_it_is_ready_may_fail_or_hang(tmp_path):
+    for number, tell in enumerate((lambda: 1 / 0, lambda: time.sleep(60))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        lives = Lives(folder, ["serve()"], tiers=False, on_ready=tell)
+        start = time.monotonic()
+        lives.until_ready()
+        assert time.monotonic() - start < 30
+
+
 # ------------------------------------------------------------------------------ signs of work
 
 SLOW = {
@@ -233,7 +300,7 @@ def session(code, folder):
         process.wait()
 
 
-def seen_at_work(folder, kinds, num_looks):
+def seen_at_work(folder, kinds, num_looks, serving=False):
     """Of processes that run side by side, those that a look sees at work."""
     found = set()
     with contextlib.ExitStack() as stack:
@@ -245,7 +312,7 @@ def seen_at_work(folder, kinds, num_looks):
             before = {kind: read_session(pid) for kind, pid in pids.items()}
             time.sleep(LOOK_S)
             for kind, pid in pids.items():
-                if works(before[kind], read_session(pid), pid, LOOK_S):
+                if works(before[kind], read_session(pid), pid, LOOK_S, serving):
                     found.add(kind)
             if found == set(kinds):
                 break
@@ -258,6 +325,27 @@ def test_work_without_a_line_is_a_sign(tmp_path):
 
 def test_a_hang_gives_none_whatever_time_of_cpu_it_takes(tmp_path):
     assert seen_at_work(tmp_path, HUNG, 3) == set()
+
+
+IN_CHILD = "os.fork() and time.sleep(60)\n{}"
+SERVING_SLOW = {
+    "a compiler": SLOW["a compiler"],
+    "compilers one by one": SLOW["compilers one by one"],
+    "memory of a rank": IN_CHILD.format(SLOW["memory"]),
+}
+SERVING_HUNG = HUNG | {
+    "a prompt that is read": SLOW["memory"],
+    "a prompt that is handed on": SLOW["a cache"],
+    "a prompt that is taken": IN_CHILD.format(SLOW["a cache"]),
+}
+
+
+def test_of_an_engine_that_serves_compilers_and_the_memory_of_ranks_are_signs(tmp_path):
+    assert seen_at_work(tmp_path, SERVING_SLOW, 20, serving=True) == set(SERVING_SLOW)
+
+
+def test_what_requests_give_it_to_do_is_none(tmp_path):
+    assert seen_at_work(tmp_path, SERVING_HUNG, 3, serving=True) == set()
 
 
 def test_a_compiler_in_a_group_of_its_own_is_of_the_session(tmp_path):
@@ -279,14 +367,15 @@ def test_a_compiler_in_a_group_of_its_own_is_of_the_session(tmp_path):
 
 def test_time_in_which_this_process_stood_still_is_not_held_against_the_engine(monkeypatch):
     now = 1000.0
-    monkeypatch.setattr(start_watch.time, "monotonic", lambda: now)
-    watch = StartWatch(Supervisor([], {}, None), poll_s=2.0)
+    monkeypatch.setattr(silence.time, "monotonic", lambda: now)
+    watch = Silence(poll_s=2.0)
+    watch.look(0, "a line")
     now += 2.0
-    watch.look()
-    assert watch.silent_s == 2.0
+    watch.look(0, "a line")
+    assert watch.silent_s == watch.owed_s == 2.0
     now += 3600.0  # a machine that slept, a container that was paused
-    watch.look()
-    assert watch.silent_s == 2.0 + 2.0 * MAX_GAP
+    watch.look(0, "a line")
+    assert watch.silent_s == watch.owed_s == 2.0 + 2.0 * MAX_GAP
 
 
 # --------------------------------------------------------------------------------- the server
