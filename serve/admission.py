@@ -41,7 +41,8 @@ class Admission:
     ) -> Refusal | None:
         """Why a request with a body of that size is not taken now; None when it is.
 
-        A request is always taken when no other works, however long its prompt.
+        A request is always taken when no other works, however long its prompt. Of those in flight
+        only what has come is counted: one that announced much and sends little keeps nobody away.
         """
         limits = self.limits
         if num_bytes > limits.max_body_bytes:
@@ -73,8 +74,9 @@ class Admission:
         return waiting_bytes(flights) // BYTES_PER_TOKEN
 
     def learn(self, flight: Flight, now_s: float) -> None:
-        """Take the rates of a request that ended; one that got no answer teaches nothing."""
-        if not flight.work or not flight.first_byte_s:
+        """Take the rates of a request that ended; one without an answer, or with an error, which
+        is quicker than work, teaches nothing."""
+        if not flight.work or flight.status != 200 or not flight.first_byte_s:
             return
         self._service_s = mean(self._service_s, now_s - flight.started_s)
         seconds = max(flight.first_byte_s - flight.started_s, 1e-3)
@@ -88,7 +90,7 @@ class Admission:
 
 
 def waiting_bytes(flights: set[Flight]) -> int:
-    """Bytes of the prompts that wait for their first answer."""
+    """Bytes that have come of the prompts that wait for their first answer."""
     return sum(f.num_bytes_in for f in flights if f.work and not f.first_byte_s)
 
 

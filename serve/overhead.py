@@ -101,9 +101,12 @@ class Accepted(Copier):
         self.task = asyncio.ensure_future(self._join(transport))
 
     async def _join(self, transport: Any) -> None:
-        self.other, there = await asyncio.get_running_loop().create_unix_connection(
-            Copier, str(self.uds)
-        )
+        loop = asyncio.get_running_loop()
+        try:
+            self.other, there = await loop.create_unix_connection(Copier, str(self.uds))
+        except OSError:  # the server does not listen yet: its client asks again
+            transport.close()
+            return
         there.other = transport
         self.other.write(self.early)
 

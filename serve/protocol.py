@@ -1,4 +1,5 @@
-"""uvicorn's HTTP/1.1 protocol with what it lacks: a bound on a request's head, in bytes and time.
+"""uvicorn's HTTP/1.1 protocol with what it lacks: a bound on a request's head, in bytes and time,
+and word that the client is gone where it has sent its next request already.
 
 It also gives the application the connection, as `scope["state"]["connection"]`: to write a part of
 an answer where it comes, without a task's turn, to end an answer that broke off, and to drop a
@@ -8,9 +9,17 @@ client that takes nothing.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
+import struct
+import termios
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from serve.http_errors import Refusal
 
@@ -23,10 +32,11 @@ class Protocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._in_head = True
-        self._refused = False
-        self._num_head_bytes = self._num_raw_bytes = 0  # parsed of a head; received while in it
+        self._in_head = self._refused = False
+        self._num_head_bytes = 0  # parsed of a head
+        self._num_raw_bytes = 0  # received since a head, a part of a body or a request was whole
         self._timer: asyncio.TimerHandle | None = None
+        self._first: RequestResponseCycle | None = None  # of those under way: whose turn it is
 
     # For the application.
 
@@ -35,6 +45,13 @@ class Protocol(HttpToolsProtocol):
         if not self.transport.is_closing():
             self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
         return not self.flow.write_paused
+
+    def num_bytes_left(self) -> int:
+        """Bytes written that the client's machine has not taken: those here and the kernel's."""
+        left = bytes(4)
+        with contextlib.suppress(OSError, ValueError):  # closed
+            left = fcntl.ioctl(self.transport.get_extra_info("socket"), termios.TIOCOUTQ, left)
+        return self.transport.get_write_buffer_size() + struct.unpack("i", left)[0]
 
     def close(self) -> None:
         """Close when what was written has gone."""
@@ -53,17 +70,25 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         super().connection_lost(exc)
+        if self._first and not self._first.response_complete:  # uvicorn tells the newest alone
+            self._first.disconnected = True
+            self._first.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
+        self._num_raw_bytes += len(data)
         super().data_received(data)
         if self._refused:
             return
-        if self._in_head:  # a header without an end is never parsed
-            self._num_raw_bytes += len(data)
-            if self._num_raw_bytes > self.max_head_bytes:
+        if self._num_raw_bytes > self.max_head_bytes:
+            if self._in_head:  # a header without an end is never parsed
                 self._refuse_head()
+            else:  # trailers, extensions of a chunk, ends of lines: no answer belongs to them
+                self._refused = True
+                self.transport.abort()
+        elif self._in_head:
+            return
         elif self in self.connections and not (
             self._answering or self.timeout_keep_alive_task or self._timer
         ):
@@ -74,7 +99,7 @@ class Protocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope["state"]["connection"] = self
-        self._in_head, self._num_head_bytes, self._num_raw_bytes = True, 0, 0
+        self._in_head, self._num_head_bytes = True, 0
         self._start_timer()
 
     def on_url(self, url: bytes) -> None:
@@ -91,12 +116,18 @@ class Protocol(HttpToolsProtocol):
         self._stop_timer()
         if not self._refused:
             super().on_headers_complete()
+            if len(self.pipeline) == 1:
+                # uvicorn stops to read until it is this one's turn, and then nothing says that the
+                # client is gone. A second one that waits, or a longer body, does stop it.
+                self.flow.resume_reading()
 
     def on_body(self, body: bytes) -> None:
+        self._num_raw_bytes = 0
         if not self._refused:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        self._num_raw_bytes = 0
         if not self._refused:
             super().on_message_complete()
 
@@ -105,6 +136,10 @@ class Protocol(HttpToolsProtocol):
             self._refused = True
             self._stop_timer()
             super().send_400_response(msg)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._first = cycle
+        super()._start_asgi_task(cycle, app)
 
     @property
     def _answering(self) -> bool:
@@ -143,7 +178,7 @@ class Protocol(HttpToolsProtocol):
     def _on_timer(self) -> None:
         if self._answering:  # the head of a pipelined request waits for its turn
             self._start_timer()
-        elif self._num_raw_bytes:
+        elif self._in_head:
             self._refuse(Refusal(408, f"the request's head took more than {self.head_s:g} s"))
         else:
             self.transport.close()

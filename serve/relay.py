@@ -53,6 +53,7 @@ ENGINE_DEAD = re.compile(rb'"message": ?"' + DEAD_WORDS)
 MAX_ERROR_BYTES = 4096
 LAST_EVENT = b"data: [DONE]\n\n"
 SWEEP_S = 1.0
+MIN_UPLOAD_BYTES_PER_S = 16384  # of a request's body on the whole, after a grace
 # Of a refused request's body, read so that its client can read the answer.
 DISCARD_S = 2.0
 DISCARD_BYTES = 2**25
@@ -67,7 +68,7 @@ class ClientGone(Exception):
 
 
 class ClientSlow(Exception):
-    """The client sends nothing of its request's body any more."""
+    """The client sends nothing of its request's body any more, or too little; which."""
 
 
 class Outcome(StrEnum):
@@ -97,8 +98,10 @@ class Flight:
         0.0  # of the answer's body; comments that keep a stream alive do not count
     )
     receiving_since_s: float = 0.0
-    sending_since_s: float = 0.0
-    num_bytes_in: int = 0
+    received_s: float = 0.0  # seconds that the parts of the body were waited for
+    sending_since_s: float = 0.0  # without a byte that the client took, as far as was looked
+    num_bytes_left: int = 0  # that it had not taken by then
+    num_bytes_in: int = 0  # of the body, as far as it has come
     num_bytes_out: int = 0
     status: int = 0
     is_stream: bool = False
@@ -149,8 +152,8 @@ class Flight:
 
 def is_work(method: str, path: str) -> bool:
     """Whether the engine must compute for it: what a drain waits for and the watchdog counts."""
-    is_of_text = path.startswith(("/tokenize", "/detokenize", "/ping")) or path.endswith("/render")
-    return method == "POST" and not is_of_text
+    is_light = path.startswith(("/tokenize", "/detokenize", "/ping", "/health"))
+    return method == "POST" and not is_light and not path.endswith("/render")
 
 
 def announced_bytes(scope: Message) -> int:
@@ -162,14 +165,17 @@ def announced_bytes(scope: Message) -> int:
 
 
 def kept_headers(headers: Headers) -> Headers:
-    """Headers without those that belong to one connection; names in lower case."""
+    """Headers without those that belong to one connection; names in lower case.
+
+    The length stays even where the connection's header names it: what it counts is passed on.
+    """
     lower = [(name.lower(), value) for name, value in headers]
     named = {
         token.strip().lower()
         for name, value in lower
         if name == b"connection"
         for token in value.split(b",")
-    }
+    } - {b"content-length"}
     return [(n, v) for n, v in lower if n not in HOP_BY_HOP and n not in named]
 
 
@@ -189,7 +195,8 @@ class Relay:
 
     Args:
         socket_path: where the engine listens; it may be absent for now.
-        slow_client_s: a client that takes or sends no byte for so long is let go.
+        slow_client_s: a client that takes or sends no byte for so long is let go; so is one whose
+            body, waited for longer than that, comes at less than MIN_UPLOAD_BYTES_PER_S.
         lost: what to tell a client whose request the engine dropped.
         max_body_bytes: of a request; a longer one is 413.
         hidden: headers of requests that the engine does not get.
@@ -229,7 +236,6 @@ class Relay:
     async def __call__(self, scope: Message, receive: Receive, send: Send, flight: Flight) -> None:
         """Relay one HTTP request. `flight` is filled in as it goes."""
         flight.connection = scope["state"]["connection"]
-        flight.num_bytes_in = announced_bytes(scope)
         flight.receiving_since_s = time.monotonic()
         self.flights.add(flight)
         upload: asyncio.Task[None] | None = None
@@ -240,7 +246,7 @@ class Relay:
             )
             upload = asyncio.create_task(self._upload(receive, upstream, flight, is_chunked(scope)))
             await self._pass_answer(upstream, send, flight)
-            flight.outcome = Outcome.DONE
+            flight.outcome = Outcome.CLIENT_SLOW if flight.slow else Outcome.DONE
         except (ClientGone, ClientSlow, BodyTooLarge, EngineGone, OSError) as error:
             await end_quietly(upload)
             await self._end_early(error, receive, send, flight)
@@ -263,19 +269,19 @@ class Relay:
         self, receive: Receive, upstream: Upstream, flight: Flight, chunked: bool
     ) -> None:
         """Pass on the request's body, then wait for the client to go away."""
-        more, num_bytes = True, 0
+        more = True
         with contextlib.suppress(EngineGone):  # `_pass_answer` sees it, too
             while more:
-                flight.receiving_since_s = time.monotonic()
+                since = flight.receiving_since_s = time.monotonic()
                 message = await receive()
                 flight.receiving_since_s = 0.0
+                flight.received_s += time.monotonic() - since
                 if message["type"] == "http.disconnect":
                     upstream.abort(ClientGone())
                     return
                 more, part = message.get("more_body", False), message.get("body", b"")
-                num_bytes += len(part)
-                flight.num_bytes_in = max(flight.num_bytes_in, num_bytes)
-                if num_bytes > self._max_body_bytes:
+                flight.num_bytes_in += len(part)
+                if flight.num_bytes_in > self._max_body_bytes:
                     upstream.abort(BodyTooLarge())
                     return
                 if part and chunked:
@@ -309,7 +315,7 @@ class Relay:
                 await self._send(send, flight, b"")
             if flight.engine_dead:
                 raise EngineGone("the engine says that it is dead")
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self._send(send, flight, b"", more=False)
 
     async def _read_error(self, upstream: Upstream) -> bytes:
         """The body of an answer that may say that the engine is dead, b"" of all others.
@@ -327,11 +333,11 @@ class Relay:
             raise EngineGone("the engine says that it is dead")
         return body
 
-    async def _send(self, send: Send, flight: Flight, part: bytes) -> None:
+    async def _send(self, send: Send, flight: Flight, part: bytes, more: bool = True) -> None:
         """Send, and wait until the client takes more."""
         # For the sweep: a timeout for each part would cost more than the part.
         flight.sending_since_s = time.monotonic()
-        await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": part, "more_body": more})
         flight.sending_since_s = 0.0
 
     async def _end_early(
@@ -349,12 +355,12 @@ class Relay:
             refusal = Refusal(413, f"the body has more than {self._max_body_bytes} bytes")
             flight.outcome = Outcome.REFUSED
         elif isinstance(error, ClientSlow):
-            refusal = Refusal(408, f"nothing of the body came for {self._slow_client_s:g} s")
+            refusal = Refusal(408, str(error))
             flight.outcome = Outcome.CLIENT_SLOW
         if not flight.status:
             await answer(refusal, flight, receive, send)
         elif flight.is_stream and (not flight.tail or flight.tail.endswith(b"\n\n")):
-            await send({"type": "http.response.body", "body": refusal.event(flight.path)})
+            await self._send(send, flight, refusal.event(flight.path), more=False)
         elif flight.connection:
             # Closed without the end that the client waits for; what was sent still arrives.
             flight.sending_since_s = time.monotonic()
@@ -365,13 +371,32 @@ class Relay:
         """Let go of clients that take or send nothing."""
         while True:
             await asyncio.sleep(min(SWEEP_S, self._slow_client_s / 2))
-            since = time.monotonic() - self._slow_client_s
+            now = time.monotonic()
             for flight in list(self.flights):
-                if 0.0 < flight.sending_since_s < since and flight.connection:
-                    flight.slow = True
-                    flight.connection.abort()
-                elif 0.0 < flight.receiving_since_s < since and flight.upstream:
-                    flight.upstream.abort(ClientSlow())
+                if flight.sending_since_s and flight.connection:
+                    self._judge_taking(flight, flight.connection, now)
+                if flight.receiving_since_s and flight.upstream:
+                    self._judge_upload(flight, flight.upstream, now)
+
+    def _judge_taking(self, flight: Flight, connection: Protocol, now: float) -> None:
+        # Nothing is written while a flight waits: any change is what the client took. Whether the
+        # kernel takes more would say little: it does so when a third of its megabytes is free.
+        left = connection.num_bytes_left()
+        if left != flight.num_bytes_left:
+            flight.num_bytes_left, flight.sending_since_s = left, now
+        elif now - flight.sending_since_s > self._slow_client_s:
+            flight.slow = True
+            connection.abort()
+
+    def _judge_upload(self, flight: Flight, upstream: Upstream, now: float) -> None:
+        grace_s, waited_s = self._slow_client_s, now - flight.receiving_since_s
+        received_s = flight.received_s + waited_s
+        if waited_s > grace_s:
+            upstream.abort(ClientSlow(f"nothing of the body came for {grace_s:g} s"))
+        elif received_s > grace_s + flight.num_bytes_in / MIN_UPLOAD_BYTES_PER_S:
+            text = f"{flight.num_bytes_in} bytes of the body came in {received_s:.1f} s"
+            rule = f"at least {MIN_UPLOAD_BYTES_PER_S} bytes/s after the first {grace_s:g} s"
+            upstream.abort(ClientSlow(f"{text}; {rule}"))
 
 
 async def until_gone(receive: Receive) -> None:

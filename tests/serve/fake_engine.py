@@ -72,7 +72,9 @@ class Engine:
     async def work(self, job: dict, send) -> None:
         """prefill_steps, step_s: steps before the first byte; uncounted: as vLLM's are.
         events, gap_s, size: what is streamed; parts: exact pieces before it (latin-1).
-        end: crash, hang, cut or stop, after the events. status: answer with it and message instead.
+        end: crash, hang, cut or stop, after the events.
+        status, message, times: answer at once, with a length and the message so many times.
+        jit_s: before them a compiler works, and no step ends.
         fails: what a worker says of the all-reduce; the engine ends a moment later.
         drafts, accepted: added to the counters of speculation.
         """
@@ -82,9 +84,13 @@ class Engine:
             print(f"(Worker pid=1) ERROR RuntimeError: {job['fails']}", flush=True)
             asyncio.get_running_loop().call_later(0.1, os._exit, 1)
         if "status" in job:
-            error = {"error": {"message": job.get("message", "told to")}}
+            text = job.get("message", "told to") * job.get("times", 1)
+            error = {"error": {"message": text}}
             await answer(send, job["status"], json.dumps(error).encode())
             return
+        if "jit_s" in job:
+            compiler = ["timeout", str(job["jit_s"]), "sh", "-c", "while :; do :; done"]
+            await asyncio.to_thread(subprocess.run, compiler)
         for _ in range(job.get("prefill_steps", 0)):
             await asyncio.sleep(job.get("step_s", 0.01))
             self.iterations += not job.get("uncounted")

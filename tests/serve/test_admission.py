@@ -2,6 +2,7 @@ import contextlib
 import http.client
 import json
 import socket
+import time
 
 import pytest
 
@@ -13,11 +14,12 @@ from tests.serve.front_process import running_front, wait_until
 LIMITS = AdmissionLimits(2, max_num_queued_reqs=1, max_num_queued_tokens=100, max_body_bytes=4000)
 
 
-def flight(num_bytes=40, first_byte_s=0.0, work=True, started_s=0.0, key=None):
+def flight(num_bytes=40, first_byte_s=0.0, work=True, started_s=0.0, key=None, status=200):
     return Flight(
         "/v1/x",
         work,
         key=key,
+        status=status,
         started_s=started_s,
         first_byte_s=first_byte_s,
         num_bytes_in=num_bytes,
@@ -63,6 +65,8 @@ def test_retry_after_follows_the_measured_rates():
     assert admission.refusal(40, {flight() for _ in range(3)}).retry_after_s == 70
     assert admission.refusal(960, {flight(40)}).retry_after_s == 15
     admission.learn(flight(first_byte_s=0.0), 9999.0)  # no answer, no lesson
+    for status in (404, 405, 500):  # quick, but not because work is
+        admission.learn(flight(first_byte_s=0.003, status=status), 0.003)
     assert admission.refusal(40, {flight() for _ in range(3)}).retry_after_s == 70
 
 
@@ -74,6 +78,7 @@ def test_a_body_that_is_too_large_is_413_without_retry():
 @pytest.fixture(scope="module")
 def front(tmp_path_factory):
     limits = {"streams": 1, "max_num_queued_reqs": 1, "max_body_bytes": 1000}
+    limits["max_num_queued_tokens"] = 200  # 800 bytes
     with running_front(tmp_path_factory.mktemp("f"), [{}], admission=limits) as front:
         front.wait_until_ready()
         yield front
@@ -95,6 +100,23 @@ def test_a_full_front_says_429_and_takes_work_again(front):
         return front.post(events=1)[0] == 200
 
     wait_until(taken, "work is taken again", 5)
+
+
+def test_a_prompt_counts_by_what_has_come_of_it(front):
+    """Else one that is announced and never sent would keep all others away."""
+    with socket.create_connection(("127.0.0.1", front.port), timeout=10) as sock:
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n{")
+
+        def queued():
+            return json.loads(front.ask("GET", "/status.json")[2])["queue"]["queued_tokens"]
+
+        time.sleep(0.1)
+        assert queued() == 0
+        assert front.post(events=1)[0] == 200
+        sock.sendall(b" " * 798)
+        wait_until(lambda: queued() == 199, "what came is counted", 3)
+        assert front.post(events=1)[0] == 429
+    wait_until(lambda: not queued(), "its place is free", 3)
 
 
 @pytest.mark.parametrize("chunked", [False, True])

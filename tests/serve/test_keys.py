@@ -105,6 +105,15 @@ def test_everything_of_the_engine_s_needs_a_key(front, path):
     assert front.ask("GET", path)[0] == 401
 
 
+def test_a_browser_s_preflight_reaches_the_engine_without_a_key(front):
+    """A browser shows no key there, and sends the request itself only after a yes."""
+    asked = {"Origin": "http://a", "Access-Control-Request-Method": "POST"}
+    status, answered, _ = front.ask("OPTIONS", "/echo", headers=asked)
+    method, path, _, seen = json.loads(answered["x-head"])
+    assert (status, method, path, dict(seen)["origin"]) == (207, "OPTIONS", "/echo", "http://a")
+    assert front.ask("OPTIONS", "/status.json")[0] == 405
+
+
 @pytest.mark.parametrize(("path", "status"), PATHS.items())
 def test_what_is_guarded_needs_a_key_and_probes_do_not(front, path, status):
     assert front.ask("GET", path)[0] == status

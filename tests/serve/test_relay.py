@@ -6,6 +6,7 @@ import gzip
 import http.client
 import json
 import random
+import select
 import signal
 import socket
 import time
@@ -17,10 +18,27 @@ from serve.relay import ClientSlow, is_work, kept_headers
 from serve.upstream import EngineGone, Upstream
 from tests.serve.front_process import is_running, running_front, wait_until
 
+UPLOAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1048576\r\n\r\n"
+
 
 @pytest.fixture(scope="module")
 def front(tmp_path_factory):
     with running_front(tmp_path_factory.mktemp("f"), [{}]) as front:
+        front.wait_until_ready()
+        yield front
+
+
+def until_closed(sock):
+    parts = []
+    while part := sock.recv(65536):
+        parts.append(part)
+    return b"".join(parts)
+
+
+@pytest.fixture(scope="module")
+def hasty(tmp_path_factory):
+    """A front that waits for nobody."""
+    with running_front(tmp_path_factory.mktemp("f"), [{}], slow_client_s=0.5) as front:
         front.wait_until_ready()
         yield front
 
@@ -143,6 +161,47 @@ def test_a_client_that_goes_away_ends_its_request_at_the_engine(front, job):
     wait_until(lambda: front.num_aborted == before + 1, "the engine sees it", 3)
 
 
+def post_of(**job):
+    body = json.dumps(job).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.2])
+@pytest.mark.parametrize("job", [{"events": 1000, "gap_s": 0.02}, {"prefill_steps": 10_000}])
+def test_a_pipelined_request_does_not_hide_that_the_client_is_gone(front, job, pause_s):
+    """uvicorn tells the newest request of a connection alone."""
+    before = front.num_aborted
+    with socket.create_connection(("127.0.0.1", front.port), timeout=10) as sock:
+        sock.sendall(post_of(**job))
+        time.sleep(pause_s)
+        sock.sendall(post_of(events=1))
+        time.sleep(0.3)
+    wait_until(lambda: front.num_aborted == before + 1, "the engine sees it", 3)
+
+
+def test_a_pipelined_request_does_not_keep_the_place_of_one_that_broke_off(front):
+    with socket.create_connection(("127.0.0.1", front.port), timeout=5) as sock:
+        sock.sendall(post_of(type="text/plain", events=2, end="cut") + post_of(events=1))
+        assert until_closed(sock).count(b"HTTP/1.1 ") == 1
+
+    def working():
+        return json.loads(front.ask("GET", "/status.json")[2])["requests"]["working"]
+
+    wait_until(lambda: not working(), "its place is free", 3)
+
+
+def test_pipelined_requests_are_answered_in_turn(front):
+    with socket.create_connection(("127.0.0.1", front.port), timeout=5) as sock:
+        jobs = [{"parts": [f"<{number}>"], "gap_s": 0.1 * (2 - number)} for number in range(3)]
+        sock.sendall(b"".join(post_of(**job) for job in jobs))
+        sock.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        answer = until_closed(sock)
+        assert answer.count(b"HTTP/1.1 200 ") == 4
+        places = [answer.index(b"\r\n<%d>" % number) for number in range(3)]
+        assert places == sorted(places)
+
+
 def test_a_client_that_leaves_during_its_upload_leaves_nothing_behind(front):
     with socket.create_connection(("127.0.0.1", front.port), timeout=10) as sock:
         sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
@@ -184,13 +243,36 @@ def test_a_websocket_is_refused(front):
     assert status == 403
 
 
-def test_a_slow_client_is_let_go(tmp_path):
-    with running_front(tmp_path, [{}], slow_client_s=0.5) as front:
-        front.wait_until_ready()
-        connection, _ = front.begin(events=200, size=2**20)
-        wait_until(lambda: front.num_aborted == 1, "the request ends", 10)
-        connection.close()
-        assert front.post(events=1)[0] == 200
+def test_a_slow_client_is_let_go(hasty):
+    before = hasty.num_aborted
+    connection, _ = hasty.begin(events=200, size=2**20)
+    wait_until(lambda: hasty.num_aborted == before + 1, "the request ends", 10)
+    connection.close()
+    assert hasty.post(events=1)[0] == 200
+
+
+def test_a_client_that_does_not_take_an_answer_s_end_is_let_go(hasty):
+    """Each of the pipelined answers is one part: whoever waits, waits at an end."""
+    before = hasty.log().count('"client slow"')
+    with socket.create_connection(("127.0.0.1", hasty.port), timeout=5) as sock:
+        sock.sendall(post_of(status=200, times=20_000) * 60)
+        wait_until(lambda: hasty.log().count('"client slow"') == before + 1, "it is let go", 5)
+
+
+def test_a_client_that_takes_bytes_slowly_but_steadily_is_kept(hasty):
+    """The kernel takes megabytes in its stead, and says for seconds that it takes no more."""
+    before = hasty.num_aborted
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+        sock.connect(("127.0.0.1", hasty.port))
+        sock.settimeout(5)
+        sock.sendall(post_of(events=100, size=10**5))
+        until = time.monotonic() + 2.5  # of which the kernel's buffers last for more than 0.5
+        while time.monotonic() < until:
+            assert sock.recv(20_000)
+            time.sleep(0.05)
+        assert hasty.num_aborted == before
+        wait_until(lambda: hasty.num_aborted == before + 1, "it takes nothing and is let go", 5)
 
 
 def test_the_engine_s_death_is_an_error_event_at_an_event_s_end(tmp_path):
@@ -245,10 +327,17 @@ def test_headers_of_one_connection_do_not_pass():
     assert kept_headers(headers) == [(b"b", b"2")]
 
 
+def test_a_body_keeps_its_length_whatever_the_connection_header_names(front):
+    headers = {"Connection": "close, content-length"}
+    _, answered, body = front.ask("POST", "/echo", b"{}", headers)
+    assert (dict(json.loads(answered["x-head"])[3])["content-length"], body) == ("2", b"{}")
+
+
 def test_work_is_what_the_engine_computes_for():
     assert is_work("POST", "/v1/chat/completions")
     assert not is_work("GET", "/v1/models")
     assert not is_work("POST", "/tokenize")
+    assert not is_work("POST", "/health")
     assert not is_work("POST", "/v1/chat/completions/render")
 
 
@@ -268,27 +357,12 @@ def test_a_request_that_ended_early_fails_for_one_reader_only(tmp_path):
     asyncio.run(send_after_abort())
 
 
-def until_closed(sock):
-    parts = []
-    while part := sock.recv(65536):
-        parts.append(part)
-    return b"".join(parts)
-
-
-@pytest.fixture(scope="module")
-def hasty(tmp_path_factory):
-    """A front that waits for nobody."""
-    with running_front(tmp_path_factory.mktemp("f"), [{}], slow_client_s=0.5) as front:
-        front.wait_until_ready()
-        yield front
-
-
 @pytest.mark.parametrize(
     ("sent", "status"),
     [
         (b"", None),
         (b"GET /livez HTTP/1.1\r\nHost: x\r\n", b"408"),
-        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{", b"408"),
+        (UPLOAD + b" " * 2**18, b"408"),  # at a fair rate on the whole, but then no more
     ],
 )
 def test_a_connection_without_a_whole_request_is_closed(hasty, sent, status):
@@ -317,3 +391,56 @@ def test_a_head_that_is_too_long_is_431_once(front, size, wrong):
             answer = until_closed(sock)
             assert answer[9:12] == b"431" or wrong and answer[9:12] == b"400"
             assert answer.count(b"HTTP/1.1 ") == 1
+
+
+def upload_slowly(sock, part, num_parts):
+    """Send the head, and of 1 MiB that it announces so many parts, ten in a second; not beyond an
+    answer."""
+    sock.sendall(UPLOAD)
+    for _ in range(num_parts):
+        sock.sendall(part)
+        if select.select([sock], [], [], 0.1)[0]:
+            break
+
+
+def test_a_body_that_comes_byte_by_byte_is_408(hasty):
+    with socket.create_connection(("127.0.0.1", hasty.port), timeout=5) as sock:
+        upload_slowly(sock, b" ", 50)
+        response = http.client.HTTPResponse(sock)
+        with contextlib.closing(response):
+            response.begin()
+            assert response.status == 408
+            assert b"at least 16384 bytes/s after the first 0.5 s" in response.read()
+
+
+def test_a_body_that_comes_at_a_fair_rate_may_take_long(hasty):
+    with socket.create_connection(("127.0.0.1", hasty.port), timeout=5) as sock:
+        upload_slowly(sock, b" " * 8192, 12)
+        sock.sendall(b"{}".rjust(2**20 - 12 * 8192))
+        assert sock.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("path", [b"/livez", b"/echo"])
+@pytest.mark.parametrize(
+    ("begin", "part"), [(b"0\r\nX-A: ", b"a"), (b"0\r\n", b"X-A: a\r\n"), (b"1;", b"a")]
+)
+def test_what_follows_a_body_without_being_of_it_is_bounded(front, path, begin, part):
+    """Trailers, which httptools joins in quadratic time, and extensions of chunks."""
+    head = b"POST %b HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" % path
+    with (
+        socket.create_connection(("127.0.0.1", front.port), timeout=5) as sock,
+        pytest.raises(OSError, match="reset|Broken pipe"),
+    ):
+        sock.sendall(head + begin + part * (2**24 // len(part)))
+    assert front.ask("GET", "/livez")[0] == 200
+
+
+def test_trailers_and_extensions_of_chunks_are_allowed(front):
+    with socket.create_connection(("127.0.0.1", front.port), timeout=5) as sock:
+        sock.sendall(b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(40):
+            sock.sendall(b"5;" + b"a" * 4096 + b"\r\nfirst\r\n")
+        sock.sendall(b"0\r\nX-A: " + b"a" * 10_000 + b"\r\nX-B: b\r\n\r\n")
+        response = http.client.HTTPResponse(sock)
+        response.begin()
+        assert response.read() == b"first" * 40
