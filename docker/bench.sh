@@ -1,5 +1,6 @@
 #!/bin/sh
 # Measure this project's server, as docs/bench.md describes; with the first key of the secret, if any.
+# It is in the environment of this process alone, whose user can read the secret anyway.
 set -eu
 keys=/run/secrets/api_keys
 if [ -s "$keys" ]; then

@@ -65,5 +65,11 @@ def inspect(image: str) -> dict[str, Any] | None:
     raise DockerError(f"docker image inspect {image}: {done.stderr.strip()}")
 
 
+def last_line(container: str) -> str:
+    """The newest line that a container wrote, on either stream."""
+    done = _call([client(), "logs", "--tail", "1", container])
+    return (done.stdout + done.stderr).strip() or "no message"
+
+
 def _call(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)

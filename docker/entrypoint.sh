@@ -1,5 +1,6 @@
 #!/bin/sh
 # Name the folders of all compile caches and the file of the API keys, become the command.
+# What is executed in a running container goes through this, too: it would look elsewhere.
 set -eu
 
 # Compiled code of another pin or series is never looked at: each has a folder of its own.
@@ -16,8 +17,13 @@ export FLASHINFER_WORKSPACE_BASE="$caches/flashinfer" DG_JIT_CACHE_DIR="$caches/
 export CUDA_CACHE_PATH="$caches/cuda" TORCH_EXTENSIONS_DIR="$caches/torch_extensions"
 mkdir -p "$HOME"
 
-# An empty file stands for no keys; any other is read, or refused, by `serve`.
+# An empty file stands for no keys; any other is read, or refused, by `serve`. A folder, which
+# docker-compose 1.29 makes where nothing is, may have no size, either.
 keys=/run/secrets/api_keys
+if [ -e "$keys" ] && [ ! -f "$keys" ]; then
+    echo "entrypoint: $keys is no file; SERVE_API_KEY_FILE must name a file of the host" >&2
+    exit 2
+fi
 if [ -s "$keys" ]; then
     export SERVE_API_KEY_FILE="$keys"
 fi

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from serve.environment import PREFIX  # noqa: E402
+from serve.errors import ConfigError  # noqa: E402
 from serve.profiles import DEVICE_KEYS, Profile, load_profile  # noqa: E402
 from serve.settings import OWN, Setting, all_settings, profile_settings  # noqa: E402
 
@@ -33,7 +36,7 @@ ON_THE_HOST = {
     "api_key_file": "lines of NAME KEY [MAX_CONCURRENCY], readable by user 2000; none: no key",
     "model": "folder of the checkpoint on this machine: absolute, or with ./ before it",
 }
-IN_THE_IMAGE = ("report_dir",)
+IN_THE_IMAGE = {"report_dir": "/caches/reports"}
 
 HEADER = """\
 # Settings of `docker compose` and of `serve`. Copy to .env, take away the # of what you change.
@@ -97,6 +100,20 @@ def profile_lines(setting: Setting) -> list[str]:
 def other_device(profile: Profile) -> set[str]:
     """The keys that a profile does not have, because they are of another device."""
     return {key for kind, keys in DEVICE_KEYS.items() if kind is not profile.device for key in keys}
+
+
+def check_names(names: Iterable[str], source: str) -> None:
+    """Refuse what compose would not pass on, so that `serve` cannot.
+
+    Raises:
+        ConfigError: a name with our prefix that is no setting, or one that the image decides.
+    """
+    known = {setting.variable: setting.name for setting in all_settings().values()}
+    for name in sorted(name for name in names if name.startswith(PREFIX)):
+        if name not in known:
+            raise ConfigError(f"{source}: {name}: no such setting; .env.example has all of them")
+        if fixed := IN_THE_IMAGE.get(known[name]):
+            raise ConfigError(f"{source}: {name}: is {fixed} in the container")
 
 
 def env_example() -> str:

@@ -3,8 +3,9 @@
     python docker/stack.py up [--report FILE] | down | logs
 
 `up`: choose cpu or gpu and say why -> write .env where there is none -> build the image where there
-is none -> docker compose up -> show the stage until the server is ready. --report adds the seconds
-from `docker compose up` to ready to FILE, a report of docker/image.py. Standard library only.
+is none -> docker compose up -> show the stage until the server is ready or a container has ended.
+--report adds the seconds from `docker compose up` to ready to FILE, a report of docker/image.py.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +28,11 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 
 import engine  # noqa: E402
+import health  # noqa: E402
 import settings  # noqa: E402
+
+from serve.environment import read_env_file  # noqa: E402
+from serve.errors import ConfigError  # noqa: E402
 
 PROFILES_VARIABLE = "COMPOSE_PROFILES"
 CPU_VARIABLE = "CPU_SERVERS"
@@ -44,6 +50,7 @@ COMPUTE_CAPABILITY = "12.0"  # sm_120a: what the kernels are compiled for beside
 MIN_CARD_MIB = 90 * 1024
 NUM_CARDS = 2
 POLL_S = 1.0
+ENDED = {"restarting", "exited", "dead"}
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1"}
 
 
@@ -98,13 +105,14 @@ def has_toolkit() -> bool:
 
 
 def variables() -> dict[str, str]:
-    """What compose reads: .env, and the environment above it."""
-    found = {}
-    if ENV_FILE.exists():
-        for line in ENV_FILE.read_text(encoding="utf-8").splitlines():
-            name, equals, value = line.partition("=")
-            if equals and not line.lstrip().startswith("#"):
-                found[name.strip()] = value.strip()
+    """What compose reads: .env, and the environment above it.
+
+    Raises:
+        ConfigError: .env cannot be read, or one of them has a setting that reaches no container.
+    """
+    found = read_env_file(ENV_FILE, prefix="")
+    settings.check_names(found, ENV_FILE.name)
+    settings.check_names(os.environ, "environment")
     return found | os.environ
 
 
@@ -152,7 +160,7 @@ def up(report: Path | None = None) -> int:
         return code
     host = known.get("SERVE_HOST", "")
     address = LOOPBACK.get(host, host), int(known.get("SERVE_PORT") or 8000)
-    code = wait_until_ready(*address, begin)
+    code = wait_until_ready(*address, begin, containers(known))
     if report and code == 0:
         data["up_to_ready_s"] = round(time.monotonic() - begin, 1)
         partial = report.with_suffix(".partial")
@@ -161,9 +169,50 @@ def up(report: Path | None = None) -> int:
     return code
 
 
-def wait_until_ready(host: str, port: int, begin: float) -> int:
-    """Show the stage and the seconds since `begin` until the server is ready (0) or failed (1)."""
+def containers(known: dict[str, str]) -> list[str]:
+    """The ids of what compose runs.
+
+    Raises:
+        engine.DockerError: nothing.
+    """
+    command = [*engine.compose(), "ps", "--quiet"]
+    asked = subprocess.run(
+        command, cwd=ROOT, env=known, stdout=subprocess.PIPE, text=True, check=False
+    )
+    if not (ids := asked.stdout.split()):
+        raise engine.DockerError(
+            f"up: {PROFILES_VARIABLE} = {known[PROFILES_VARIABLE]}, {CPU_VARIABLE} = "
+            f"{known[CPU_VARIABLE]}: no container runs"
+        )
+    return ids
+
+
+def ended(ids: Sequence[str], restarts: dict[str, int]) -> str | None:
+    """Which container ended by itself, with its last line; None while all run.
+
+    Args:
+        restarts: of each container at the first look, filled in here. After a run of 10 s Docker
+            waits for 0.1 s only, so that its state between two runs may never be seen.
+    """
+    for found in json.loads(engine.ask("container", "inspect", *ids)):
+        state, count = found["State"], found["RestartCount"]
+        again = count > restarts.setdefault(found["Id"], count) or state["Status"] == "restarting"
+        if again or state["Status"] in ENDED:
+            service = found["Config"]["Labels"]["com.docker.compose.service"]
+            code = f" with exit status {state['ExitCode']}" if state["Status"] in ENDED else ""
+            more = " and is started again" if again else ""
+            return f"{service} ended{code}{more}: {engine.last_line(found['Id'])}"
+    return None
+
+
+def wait_until_ready(host: str, port: int, begin: float, ids: Sequence[str]) -> int:
+    """Show the stage and the seconds since `begin` until the server is ready (0).
+
+    Returns:
+        1 where the engine failed for good, or one of the containers `ids` ended.
+    """
     shown = ""
+    restarts: dict[str, int] = {}
     while True:
         ready, said = ask_ready(host, port)
         if said != shown:
@@ -175,20 +224,19 @@ def wait_until_ready(host: str, port: int, begin: float) -> int:
         if said.startswith("failed"):
             print("up: the engine failed and is not restarted; see `make logs`", file=sys.stderr)
             return 1
+        if reason := ended(ids, restarts):
+            print(f"up: {reason}", file=sys.stderr)
+            print("up: `make logs` shows more, `make down` ends it", file=sys.stderr)
+            return 1
         time.sleep(POLL_S)
 
 
 def ask_ready(host: str, port: int) -> tuple[bool, str]:
     """Whether the server, or the router before it, takes requests; and the stage in words."""
-    connection = http.client.HTTPConnection(host, port, timeout=5)
     try:
-        connection.request("GET", "/readyz")
-        answer = connection.getresponse()
-        body = answer.read()
-    except OSError:
+        status, body = health.ask(host, port)
+    except (OSError, http.client.HTTPException):
         return False, "the container starts"
-    finally:
-        connection.close()
     data = {}
     with contextlib.suppress(ValueError):
         data = json.loads(body)
@@ -196,7 +244,7 @@ def ask_ready(host: str, port: int) -> tuple[bool, str]:
     progress = data.get("progress") if isinstance(data, dict) else None
     if progress:
         stage += f", {progress['what']} {progress['done']}/{progress['total']}"
-    return answer.status == 200, stage or f"status {answer.status}"
+    return status == 200, stage or f"status {status}"
 
 
 def compose(*arguments: str) -> int:
@@ -218,6 +266,9 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.command == "down":
             return compose("down")
         return compose("logs", "--follow", "--tail", "100")
+    except ConfigError as error:
+        print(f"up: {error}", file=sys.stderr)
+        return error.exit_code
     except (engine.DockerError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -4,6 +4,7 @@ import argparse
 import os
 import shlex
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,11 +29,12 @@ from serve.environment import (
     run_path,
 )
 from serve.errors import ConfigError, ServeError
-from serve.keys import Key, Keys, read_keys
+from serve.keys import Access, Key, Keys, read_keys
 from serve.plan import check_split, run_plan
 from serve.profiles import Device, load_profile, profile_names
 from serve.settings import GatewayMode, Settings, Source, add_flags, resolve
 from serve.summary import summary
+from serve.supervisor import write_to_stdout
 from serve.table import run_profiles
 
 
@@ -55,7 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
     uds = None if bare else run_path(f"engine-{port}.sock")
     record = (arguments.load_record or load_record_path(port)).resolve()
     keys = find_keys(settings["api_key_file"], bare)
+    check_access(settings, keys)
     if not arguments.dry_run:
+        prepare_run_folder(run_path("."))
         if capture is not None:
             prepare_capture(capture)
         check_port(host, port)
@@ -151,6 +155,20 @@ def find_keys(path: Path | None, bare: bool) -> Keys | None:
     return read_keys(path)
 
 
+def check_access(settings: Settings, keys: Keys | None) -> None:
+    """Refuse pages that need a key where everybody would get them.
+
+    Raises:
+        ConfigError: there is no key, or no gateway to ask for it.
+    """
+    for name in ("status_access", "metrics_access"):
+        if settings[name] is Access.KEY and keys is None:
+            raise ConfigError(
+                f"{name} = key ({settings.sources[name].value}): nobody would ask for one; it "
+                "needs the gateway, and api_key_file or VLLM_API_KEY"
+            )
+
+
 def run_front(
     settings: Settings,
     keys: Keys | None,
@@ -194,14 +212,35 @@ def run_front(
         ),
     )
     front.check_socket_path(uds)
-    uds.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    sock = front.listen(config.host, config.port)
+    sock = front.listen(config.host, config.port, config.slow_client_s)
     return front.run(front.serve(config, command, env, sock, on_ready, tiers))
 
 
 def print_summary(record: Path, model: Path) -> None:
-    """Print what the engine loaded; nothing that goes wrong with it may stop the server."""
-    print(summary(record, str(model)), flush=True)
+    """Print what the engine loaded. Past Python's buffer: where nobody reads, its lock would be
+    held when the server ends.
+    """
+    write_to_stdout(f"{summary(record, str(model))}\n".encode())
+
+
+def prepare_run_folder(folder: Path) -> None:
+    """Make the folder of the engine's socket, the load record and the dumps.
+
+    Raises:
+        ConfigError: it cannot be made, or others can write there: a socket of theirs in the place
+            of the engine's would get every prompt.
+    """
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise ConfigError(f"{folder}: {error.strerror}") from error
+    own = found.st_uid == os.getuid() and stat.S_IMODE(found.st_mode) & 0o077 == 0
+    if not (stat.S_ISDIR(found.st_mode) and own):
+        raise ConfigError(
+            f"{folder}: {stat.filemode(found.st_mode)} of user {found.st_uid}; must be a folder "
+            f"that user {os.getuid()} alone can use; remove it"
+        )
 
 
 def prepare_capture(folder: Path) -> None:

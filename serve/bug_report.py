@@ -35,6 +35,7 @@ from serve.environment import (
 )
 from serve.errors import ConfigError, ServeError
 from serve.evidence import run_tool, shown_environment
+from serve.keys import MIN_KEY_CHARS
 from serve.profiles import profile_names
 from serve.redact import Redactor
 from serve.settings import Settings, Source, add_flags, all_settings, resolve
@@ -203,7 +204,10 @@ def doctors_flags(settings: Settings | None, of: Callable[[str], Any]) -> dict[s
 
 
 def secrets(key_file: Path | str | None) -> list[str]:
-    """The keys that this process can know: of the file, and those in its environment."""
+    """The keys that this process can know: of the file, and the one in its environment.
+
+    Of the file only what `run` takes for a key: it may be another file altogether.
+    """
     found = []
     if key_file is not None:
         try:
@@ -211,7 +215,7 @@ def secrets(key_file: Path | str | None) -> list[str]:
         except OSError:
             lines = []
         rows = [line.split() for line in lines if not line.lstrip().startswith("#")]
-        found += [row[1] for row in rows if len(row) > 1]
+        found += [row[1] for row in rows if len(row) > 1 and len(row[1]) >= MIN_KEY_CHARS]
     return found + ([own] if (own := api_key()) else [])
 
 

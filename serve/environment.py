@@ -93,10 +93,11 @@ def our_variables(environment: Mapping[str, str] | None = None) -> dict[str, str
     return {name: value for name, value in given.items() if name.startswith(PREFIX)}
 
 
-def read_env_file(path: Path) -> dict[str, str]:
+def read_env_file(path: Path, prefix: str = PREFIX) -> dict[str, str]:
     """Our settings in a file of NAME=VALUE lines, as docker compose reads; others are not ours.
 
     A file that is not there is an empty one. Values may be quoted; ` #` starts a comment.
+    prefix: of the names that are wanted.
 
     Raises:
         ConfigError: a line of another form, or a name given twice.
@@ -115,7 +116,7 @@ def read_env_file(path: Path) -> dict[str, str]:
         if match is None:
             raise ConfigError(f"{path}: line {number}: must be NAME=VALUE")
         name = match["name"]
-        if not name.startswith(PREFIX):
+        if not name.startswith(prefix):
             continue
         if name in found:
             raise ConfigError(f"{path}: line {number}: {name} is given twice")

@@ -72,8 +72,8 @@ class Server(uvicorn.Server):
         yield
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening TCP socket.
+def listen(host: str, port: int, slow_client_s: float = TCP_DEAD_S) -> socket.socket:
+    """A listening TCP socket. slow_client_s: of a client in so long the kernel does not despair.
 
     Raises:
         ConfigError: nothing can listen there.
@@ -88,7 +88,8 @@ def listen(host: str, port: int) -> socket.socket:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, TCP_DEAD_S // 2)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, TCP_DEAD_S * 1000)
+    dead_ms = round(1000 * max(TCP_DEAD_S, slow_client_s + 1))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, dead_ms)
     return sock
 
 

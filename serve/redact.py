@@ -10,10 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from serve.keys import MIN_KEY_CHARS
-
-# Names that stand in half of all paths and lines say nothing of their owner.
-COMMON = frozenset(("root", "localhost", "user", "app", "vllm", "serve", "ubuntu"))
+# They stand in half of all paths and lines and say nothing of their owner. dsv4: the image's user.
+COMMON = frozenset(("root", "localhost", "user", "app", "vllm", "serve", "ubuntu", "dsv4"))
 MIN_WORD_CHARS = 3
 SECRET_NAME = r"[\w-]*(?:api[-_]?key|secret|password|(?:hf|hub|access|auth)[-_]?token)"
 SECRET_FIELD = re.compile(SECRET_NAME, re.IGNORECASE)
@@ -56,7 +54,7 @@ class Redactor:
     """Takes known secrets, this host's and user's names and RULES out.
 
     Args:
-        secrets: keys, wherever they stand.
+        secrets: keys, wherever they stand, however short.
         home, user, host: of this process by default.
     """
 
@@ -67,8 +65,8 @@ class Redactor:
         user: str | None = None,
         host: str | None = None,
     ) -> None:
-        replaced = {secret: "[key]" for secret in secrets if len(secret) >= MIN_KEY_CHARS}
-        self._literal = sorted(replaced.items(), key=lambda pair: -len(pair[0]))
+        longest_first = sorted(set(filter(None, secrets)), key=len, reverse=True)
+        self._literal = [(secret, "[key]") for secret in longest_first]
         home = home or Path("~").expanduser()
         if home not in (Path("/"), Path("/root")):
             self._literal.append((str(home), "~"))

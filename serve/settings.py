@@ -68,6 +68,13 @@ def boolean(text: str) -> bool:
     return BOOLEANS[text.lower()]
 
 
+def endpoint(text: str) -> str:
+    """An address without credentials: it is printed and in the engine's arguments."""
+    if "@" in text:
+        raise ValueError("must be without user and password")
+    return text
+
+
 def all_reduce(text: str) -> str:
     """auto, or the name of a tier."""
     if text not in (names := [AUTO, *(tier.value for tier in Tier)]):
@@ -98,7 +105,7 @@ OWN = (
     Setting("port", port, "where to listen", 8000),
     Setting("gateway", GatewayMode, "off: become vLLM instead of running it; default on"),
     Setting("shutdown_timeout", seconds, "running requests may take so long after SIGTERM", 30.0),
-    Setting("slow_client_timeout", seconds, "a client that takes nothing is let go after", 60.0),
+    Setting("slow_client_timeout", seconds, "a client that takes or sends nothing is let go", 60.0),
     Setting("stall_timeout", seconds, "an engine without progress is restarted after", 120.0),
     Setting("start_stall_timeout", seconds, "a start without a sign of work is ended after", 900.0),
     Setting("start_step_timeout", seconds, "the same between two shards, two graphs", 300.0),
@@ -112,7 +119,7 @@ OWN = (
     Setting("metrics_access", Access, "key: /metrics needs one", Access.OPEN),
     Setting("log_format", LogFormat, "json or text", LogFormat.JSON),
     Setting("sse_keep_alive_interval", count, "seconds after which a silent stream says so", 15),
-    Setting("otlp_traces_endpoint", str, "where vLLM sends OpenTelemetry traces"),
+    Setting("otlp_traces_endpoint", endpoint, "where vLLM sends OpenTelemetry traces"),
     Setting("allreduce", all_reduce, "of two cards: auto, or a tier of docs/hardware.md", AUTO),
     Setting("report_dir", Path, "where dumps of a stalled engine go"),
 )
@@ -158,7 +165,7 @@ def parse(setting: Setting, text: str, source: str) -> Any:
     """The value of a setting's text.
 
     Raises:
-        ConfigError: with the place, the text and the rule.
+        ConfigError: with the place, the text and the rule. What stands before an @ is not shown.
     """
     try:
         return setting.parse(text)
@@ -168,7 +175,9 @@ def parse(setting: Setting, text: str, source: str) -> Any:
             rule = "must be one of " + ", ".join(member.value for member in setting.parse)
         elif setting.parse is not boolean and not rule.startswith("must"):
             rule = "must be a number"
-        raise ConfigError(f"{source} = {text!r}; {rule}") from None
+        head, at, tail = text.rpartition("@")
+        shown = f"...{at}{tail}" if head else text
+        raise ConfigError(f"{source} = {shown!r}; {rule}") from None
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

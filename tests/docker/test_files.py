@@ -104,6 +104,14 @@ def test_the_gpu_image_has_an_nccl_that_the_doctor_takes_and_its_build_checks():
     assert f"found.value >= {code}," in DOCKERFILE
 
 
+def test_the_gpu_image_has_one_version_of_the_cuda_bindings():
+    """Below 13, cuda-python is a second package of the files of cuda-bindings."""
+    lock = (ROOT / "requirements" / "cuda.txt").read_text(encoding="utf-8")
+    found = re.findall(r"^cuda-(?:bindings|python)==([0-9.]+) ", lock, re.MULTILINE)
+    assert len(found) == 2
+    assert found[0] == found[1] >= "13"
+
+
 @pytest.mark.parametrize(
     ("cards", "toolkit", "profile", "reason"),
     [
@@ -136,6 +144,42 @@ def test_up_writes_env_once_and_never_changes_it(tmp_path, monkeypatch, capsys):
     assert known["CPU_SERVERS"] == "1"
     assert "profile cpu (.env)" in capsys.readouterr().out
     assert path.read_text(encoding="utf-8") == "COMPOSE_PROFILES=cpu\nSERVE_PORT=9000\n"
+
+
+@pytest.mark.parametrize("place", [".env", "environment"])
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("SERVE_MAX_SEQS", "no such setting; .env.example has all of them"),
+        ("SERVE_REPORT_DIR", "is /caches/reports in the container"),
+    ],
+)
+def test_up_refuses_a_setting_that_would_not_reach_serve(
+    tmp_path, monkeypatch, capsys, place, name, rule
+):
+    path = tmp_path / ".env"
+    path.write_text("COMPOSE_PROFILES=cpu\n")
+    monkeypatch.setattr(stack, "ENV_FILE", path)
+    if place == ".env":
+        path.write_text(f"COMPOSE_PROFILES=cpu\nexport {name}=1\n")
+    else:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(stack.engine, "inspect", lambda _: pytest.fail("it goes on"))
+    assert stack.main(["up"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == f"up: {place}: {name}: {rule}"
+
+
+def test_up_reads_env_as_serve_does(tmp_path, monkeypatch, capsys):
+    path = tmp_path / ".env"
+    path.write_text("export SERVE_PORT='8001' # why\nHF_HOME=x\nCOMPOSE_PROFILES=cpu\n")
+    monkeypatch.setattr(stack, "ENV_FILE", path)
+    monkeypatch.delenv("HF_HOME", raising=False)
+    known = stack.variables()
+    assert (known["SERVE_PORT"], known["HF_HOME"]) == ("8001", "x")
+    path.write_text("SERVE_PORT\n")
+    assert stack.main(["up"]) == 2
+    assert capsys.readouterr().err == f"up: {path}: line 1: must be NAME=VALUE\n"
 
 
 @pytest.mark.parametrize(

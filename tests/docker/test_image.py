@@ -4,13 +4,16 @@ The tests of this file are one story in the order in which they stand.
 """
 
 import json
+import re
+import sys
 
 import pytest
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
 from bench.provenance import series_sha256
-from tests.docker.own_engine import ROOT, wait_until
+from bench.server import free_port
+from tests.docker.own_engine import DEBIAN_BIN, ROOT, OwnEngine, wait_until
 from tests.docker.stack import Stack, content, events, running
 
 pytestmark = pytest.mark.docker
@@ -96,6 +99,21 @@ def test_key_is_asked_for_and_is_nowhere_to_be_read(stack):
     assert not any(stack.key in text for text in seen)
 
 
+def test_report_from_outside_finds_the_server_s_caches_and_keys(stack):
+    page = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
+    [command] = re.findall(r"docker compose exec -T gpu (.*) --output - >", page)
+    archive = "/tmp/report.tar.gz"
+    stack.execute(SERVICE, *command.split(), "--output", archive)
+
+    def part(name):
+        return json.loads(stack.execute(SERVICE, "tar", "-xzOf", archive, f"serve-report/{name}"))
+
+    assert part("settings.json")["values"]["api_key_file"]["value"] == "given"
+    assert part("status.json")["stage"] == "ready"
+    reason = part("contents.json")["absent"]["all_reduce.json"]
+    assert re.search(r"/caches/[0-9a-f]{12}/dsv4-maxq/allreduce\.json", reason)
+
+
 def test_root_file_system_cannot_be_written_and_user_is_not_root(stack):
     assert stack.execute(SERVICE, "id", "-u").strip() == "2000"
     said = stack.execute(SERVICE, "touch", "/opt/dsv4-maxq/x", "/opt/venv/x", "/x", check=False)
@@ -117,6 +135,21 @@ def test_killed_engine_comes_back_in_the_same_container(stack, say):
         "the engine was ended by SIGKILL"
     ]
     assert stack.engine.inspect("container", stack.container(SERVICE))["RestartCount"] == 0
+
+
+def test_up_ends_with_the_reason_when_a_start_is_refused(stack):
+    """Docker would start the container again for ever."""
+    added = {"COMPOSE_PROFILES": "cpu", "COMPOSE_PROJECT_NAME": "dsv4-test-refused"}
+    added |= {"SERVE_PORT": str(free_port()), "SERVE_MAX_NUM_SEQS": "0"}
+    refused = OwnEngine(stack.engine.environment | added)
+    command = f"{sys.executable} docker/stack.py up; echo status $?"
+    try:
+        said = refused.run("sh", "-c", command, timeout=120)
+    finally:
+        refused.run(DEBIAN_BIN / "docker-compose", "down", "--volumes", check=False)
+    assert "up: cpu ended with exit status 2 and is started again: serve: " in said
+    assert "max_num_seqs = 0; must be at least 1" in said
+    assert "status 1\n" in said
 
 
 def test_down_ends_the_server_with_status_0(stack):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from serve.bug_report import secrets
 from serve.redact import Redactor
 from tests.serve.front_process import running_front
 
@@ -140,6 +141,23 @@ def test_a_folder_that_is_not_there_is_refused(front):
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.decode().splitlines()[-1].startswith("serve: --output none/x: No such file")
+
+
+def test_a_short_key_of_the_environment_is_taken_out(monkeypatch, tmp_path):
+    """`serve` takes one of any length from there; from a file none under 16 characters."""
+    monkeypatch.setenv("VLLM_API_KEY", "my-own-key-1")
+    keys = tmp_path / "keys"
+    keys.write_text(f"alice {KEY}\nnot a key\n")
+    redactor = Redactor(secrets(keys))
+    assert redactor.text(f"sent my-own-key-1 or {KEY}; a page") == "sent [key] or [key]; a page"
+
+
+def test_the_image_s_user_is_nobody():
+    """Its name begins each of our metrics."""
+    redactor = Redactor([], Path("/caches/home"), "dsv4", "tower")
+    assert redactor.text("dsv4_serve_ready 1 in /caches/0/dsv4-maxq") == (
+        "dsv4_serve_ready 1 in /caches/0/dsv4-maxq"
+    )
 
 
 @pytest.mark.parametrize(

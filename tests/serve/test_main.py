@@ -104,6 +104,53 @@ def test_each_bound_of_the_watchdog_is_the_setting_of_its_name(tmp_path, monkeyp
     assert [getattr(config.watch, f"{name}_s") for name in names] == [1.0, 2.0, 3.0, 4.0]
 
 
+@pytest.mark.parametrize("name", ["status_access", "metrics_access"])
+def test_a_page_that_needs_a_key_where_nobody_asks_for_one_is_refused(
+    started, monkeypatch, capsys, name
+):
+    flag = "--" + name.replace("_", "-")
+    options = ["run", "--profile", "cpu-tiny", "--dry-run", flag, "key"]
+    assert cli.main(options) == 2
+    assert f"serve: {name} = key (flag): nobody would ask for one" in capsys.readouterr().err
+    monkeypatch.setenv("VLLM_API_KEY", "k" * 16)
+    assert cli.main(options) == 0
+    assert cli.main([*options, "--gateway", "off"]) == 2
+    assert cli.main([*options, "--gateway", "off", flag, "open"]) == 0
+
+
+@pytest.mark.parametrize("kind", ["another's", "for all", "link", "file"])
+def test_a_folder_of_sockets_that_others_can_write_is_refused(
+    started, checked, checkpoint, tmp_path, monkeypatch, capsys, kind
+):
+    """Its owner could put a socket of theirs in the engine's place."""
+    mine = os.getuid()
+    if kind == "another's":
+        monkeypatch.setattr(os, "getuid", lambda: mine + 1)
+    folder = tmp_path / f"dsv4-maxq-{os.getuid()}"
+    if kind == "link":
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        folder.symlink_to(tmp_path / "elsewhere")
+    elif kind == "file":
+        folder.touch(mode=0o600)
+    else:
+        folder.mkdir()
+        folder.chmod(0o777 if kind == "for all" else 0o700)
+    calls = []
+    monkeypatch.setattr(cli, "run_front", lambda *given: calls.append(given) or 0)
+    options = ["run", "--profile", "cpu-tiny", "--model", str(checkpoint)]
+    assert cli.main(options) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"serve: {folder}: ")
+    if kind != "file":
+        assert line.endswith(f"must be a folder that user {os.getuid()} alone can use; remove it")
+    assert calls == []
+    folder.rmdir() if folder.is_dir() and not folder.is_symlink() else folder.unlink()
+    monkeypatch.setattr(os, "getuid", lambda: mine)
+    assert cli.main(options) == 0
+    assert (tmp_path / f"dsv4-maxq-{mine}").stat().st_mode & 0o777 == 0o700
+    assert len(calls) == 1
+
+
 def test_two_cards_reduce_as_the_probe_proved_and_without_a_proof_by_shared_memory(
     started, tmp_path, monkeypatch, capsys
 ):
@@ -359,7 +406,7 @@ def test_the_engine_and_the_summary_share_a_record(
         monkeypatch.setenv("DSV4_LOAD_RECORD", str(record))
     else:
         record = tmp_path / f"dsv4-maxq-{os.getuid()}" / "load-8123.json"
-    record.parent.mkdir()
+    record.parent.mkdir(mode=0o700)
     record.write_text("of an earlier start")
     assert cli.main(options) == 0
     [(_, _, env)] = started

@@ -48,6 +48,12 @@ def test_each_key_of_a_profile_is_a_setting_and_a_vllm_flag_keeps_its_name():
         ({**CPU, "max_num_seqs": "0"}, {}, {}, "max_num_seqs = 0; must be at least 1"),
         ({**CPU, "tensor_parallel_size": "2"}, {}, {}, "profile cpu-tiny is for cpu and has no"),
         ({**CUDA, "cpu_num_threads": "2"}, {}, {}, "profile 524k is for cuda and has no"),
+        (
+            {**CPU, "otlp_traces_endpoint": "https://me:pass/word@host:4317"},
+            {},
+            {},
+            "--otlp-traces-endpoint = '...@host:4317'; must be without user and password",
+        ),
         ({}, {}, {}, "profile: none given; one of"),
         ({"profile": "x"}, {}, {}, "profile 'x' does not exist"),
     ],
@@ -57,6 +63,7 @@ def test_a_bad_setting_is_refused_with_its_place_value_and_rule(flags, environme
         resolve(flags, environment, file)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "word@" not in str(caught.value)
 
 
 def test_the_profile_may_come_from_the_environment():
