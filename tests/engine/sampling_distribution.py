@@ -1,20 +1,25 @@
 """Samples of one engine life in several settings, and a test of whether two lives sample alike.
 
 `sampling_distribution.py JOB.json RESULT.npz` is one life, in a process of its own.
-JOB: {"model", "engine": vLLM arguments, "steps": [{"name", "settings": {setting: parameters},
-      "count": samples per setting, "fault": a key of FAULTS or null}]}
-RESULT: `NAME/SETTING`, int32 (count, TOKENS); `accepted`, the share of drafts taken; `drafted`.
+JOB: {"model", "engine": vLLM arguments,
+      "samples": [{"name", "settings": {setting: [prompt ids, parameters]}, "count": of samples in
+                   each, "fault": a key of FAULTS or null}],
+      "asked": [[[ids, parameters], ...], ...], requests together, each group after the one before}
+RESULT: `NAME/SETTING`, int32 (count, TOKENS); `drafted` and `accepted`, tokens of the samples that
+had no fault; `answers`, JSON, as `ask` returns them.
 
 The test: the pooled samples are cut into cells by their beginnings, and Pearson's X2 of the two
-samples over the cells is compared with its law when the same pooled samples are dealt out anew. That
-law is exact whatever the cells are, so no cell is too small for it.
+samples over the cells is compared with its law when the same samples are dealt out anew. That law
+is exact whatever the cells are, so no cell is too small for it.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,14 +29,36 @@ from typing import Any
 
 import numpy as np
 
-TOKENS = 4  # of a sample: with one draft the second is drafted, the others drafted or bonus
+TOKENS = 3  # of a sample: with one draft the second is drafted, the third drafted or bonus
 # Settings share every batch: a parameter that reaches its neighbour's rows is seen, too.
 BATCH = 256
-LEAST = 50  # samples of a cell, both lives together
+LEAST = 40  # samples of a cell, both lives together
 DEALT = 1_000
 DEALT_AGAIN = 200_000  # where the first law leaves a doubt
+ANSWER_S = 60
 DOUBT = 0.01
 POWER = 0.8
+
+Settings = dict[str, tuple[list[int], dict[str, Any]]]  # of each its prompt and its parameters
+
+
+def settings(checkpoint: Path) -> Settings:
+    """What both suites compare; all that vLLM lets drafts be verified with is in one of them."""
+    from tiny import tokenizer
+
+    encode = tokenizer.load(checkpoint).encode
+    # What follows is " pass", and then one of few: all samples tell of the token that is drafted.
+    clear = encode("And it came to").ids
+    # Digits repeat each other: penalties, negative ones, have something to weigh.
+    digits = encode("1").ids
+    penalties = {"repetition_penalty": 0.7, "frequency_penalty": -2, "presence_penalty": -2}
+    return {
+        "temperature and top_p": (clear, {"temperature": 0.7, "top_p": 0.9}),
+        "temperature and top_k": (clear, {"temperature": 1.5, "top_k": 4}),
+        "penalties": (digits, penalties),
+        # The third token may stop a sample, and often would.
+        "min_tokens": (clear, {"min_tokens": 2, "stop_token_ids": encode(" when that").ids[1:]}),
+    }
 
 
 # ------------------------------------------------------------------------------------- the test
@@ -43,13 +70,13 @@ class Comparison:
 
     Attributes:
         p: probability of so large a statistic where both come from one distribution.
-        statistic: Pearson's X2, and `dealt`, the largest of the samples dealt out anew.
+        score: the statistic, Pearson's X2, as a normal score after Wilson and Hilferty: how far
+            beyond the smallest p that can be dealt.
         num_cells: that the samples were cut into.
     """
 
     p: float
-    statistic: float
-    dealt: float
+    score: float
     num_cells: int
 
 
@@ -57,7 +84,7 @@ def cut(samples: np.ndarray, least: int = LEAST) -> np.ndarray:
     """The cell of each sample: the longest beginning that `least` samples share, or the rest of it.
 
     Args:
-        samples: int (samples, tokens), of both lives together: the cut must not know which is whose.
+        samples: int (samples, tokens), of both lives: the cut must not know which is whose.
     Returns:
         int (samples,).
     """
@@ -87,23 +114,24 @@ def compare(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Comparison:
 
     observed = float(pearson(of_a))
     generator = np.random.default_rng(seed)
-    p, largest = 1.0, 0.0
+    p = 1.0
     for times in (DEALT, DEALT_AGAIN):
         dealt = pearson(generator.multivariate_hypergeometric(counts, len(a), times, "marginals"))
         # Rounding must not make an equal table larger or smaller than itself.
         p = (1 + int((dealt >= observed * (1 - 1e-9)).sum())) / (1 + times)
-        largest = float(dealt.max())
         if p > DOUBT:
             break
-    return Comparison(p, observed, largest, len(counts))
+    spread = 2 / (9 * max(1, len(counts) - 1))
+    score = ((observed / max(1, len(counts) - 1)) ** (1 / 3) - 1 + spread) / math.sqrt(spread)
+    return Comparison(p, score, len(counts))
 
 
-def detectable(num_cells: int, count: int, alpha: float) -> float:
+def detectable(num_cells: int, counts: tuple[int, int], alpha: float) -> float:
     """The total variation from which on any difference is found with probability POWER.
 
-    Of two samples of `count` each that differ by d over the cells, X2 is noncentral by at least
-    2 count d^2 (Cauchy-Schwarz); its law and the critical value are taken as normal ones after
-    Wilson and Hilferty, and of the same mean and variance.
+    Two distributions at a distance d over the cells make X2 noncentral by at least 4 d^2 m, where
+    m is half the harmonic mean of the counts (Cauchy-Schwarz). The critical value is Wilson and
+    Hilferty's; the noncentral law is taken as a normal one.
     """
     freedom = max(1, num_cells - 1)
     spread = 2 / (9 * freedom)
@@ -113,7 +141,7 @@ def detectable(num_cells: int, count: int, alpha: float) -> float:
         middle = (low + high) / 2
         law = NormalDist(freedom + middle, math.sqrt(2 * (freedom + 2 * middle)))
         low, high = (low, middle) if 1 - law.cdf(critical) >= POWER else (middle, high)
-    return math.sqrt(high / (2 * count))
+    return math.sqrt(high / (4 * counts[0] * counts[1] / sum(counts)))
 
 
 # ---------------------------------------------------------------------------- an engine's life
@@ -158,10 +186,8 @@ FAULTS = {
 }
 
 
-def sample(
-    llm: Any, ids: list[int], settings: dict[str, dict[str, Any]], count: int
-) -> dict[str, np.ndarray]:
-    """`count` continuations of a prompt in each setting, in batches that all settings share.
+def sample(llm: Any, chosen: Settings, count: int) -> dict[str, np.ndarray]:
+    """`count` continuations in each setting of its prompt, in batches that all settings share.
 
     Returns:
         For each setting int32 (count, TOKENS); after its end a sample is filled with -1.
@@ -169,15 +195,74 @@ def sample(
     from vllm import SamplingParams
 
     defaults = {"max_tokens": TOKENS, "ignore_eos": True, "detokenize": False}
-    parameters = {name: SamplingParams(**(defaults | given)) for name, given in settings.items()}
-    order = list(settings) * count
-    prompts = [{"prompt_token_ids": ids}] * len(order)
-    outputs = llm.generate(prompts, [parameters[name] for name in order], use_tqdm=False)
-    rows: dict[str, list[list[int]]] = {name: [] for name in settings}
+    requests = {
+        name: ({"prompt_token_ids": ids}, SamplingParams(**(defaults | given)))
+        for name, (ids, given) in chosen.items()
+    }
+    order = list(chosen) * count
+    prompts, parameters = zip(*(requests[name] for name in order), strict=True)
+    outputs = llm.generate(list(prompts), list(parameters), use_tqdm=False)
+    rows: dict[str, list[list[int]]] = {name: [] for name in chosen}
     for name, output in zip(order, outputs, strict=True):
         tokens = list(output.outputs[0].token_ids)
         rows[name].append(tokens + [-1] * (TOKENS - len(tokens)))
     return {name: np.array(found, dtype=np.int32) for name, found in rows.items()}
+
+
+def plain(logprobs: Any) -> list[list[int] | None] | None:
+    """The token ids of vLLM's log-probabilities, position by position."""
+    return logprobs and [row and [int(token) for token in row] for row in logprobs]
+
+
+def ask(llm: Any, group: list[list[Any]]) -> list[dict[str, Any]]:
+    """Answers to requests that were sent together.
+
+    Returns:
+        Of each request its `outputs`, or all of them `refused` (the message) or `failed`: by an
+        error that is no refusal, or for longer than ANSWER_S.
+    """
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import StructuredOutputsParams
+
+    def give_up(*_: Any) -> None:
+        raise TimeoutError(f"no answer after {ANSWER_S} s")
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(ANSWER_S)
+    try:
+        parameters = []
+        for _, given in group:
+            form = given.get("structured_outputs")
+            form = form and StructuredOutputsParams(**form)
+            bias = given.get("logit_bias")  # JSON has made its keys strings
+            bias = bias and {int(id_): value for id_, value in bias.items()}
+            changed = {"structured_outputs": form, "logit_bias": bias}
+            parameters.append(SamplingParams(**(given | changed)))
+        prompts = [{"prompt_token_ids": ids} for ids, _ in group]
+        found = llm.generate(prompts, parameters, use_tqdm=False)
+    except VLLMValidationError as error:
+        return [{"refused": str(error)}] * len(group)
+    except Exception as error:  # noqa: BLE001 - whatever ends the engine is the answer
+        traceback.print_exc()
+        return [{"failed": f"{type(error).__name__}: {error}"}] * len(group)
+    finally:
+        signal.alarm(0)
+    return [
+        {
+            "prompt_logprobs": plain(answer.prompt_logprobs),
+            "outputs": [
+                {
+                    "ids": list(one.token_ids),
+                    "text": one.text,
+                    "finish": one.finish_reason,
+                    "logprobs": plain(one.logprobs),
+                }
+                for one in answer.outputs
+            ],
+        }
+        for answer in found
+    ]
 
 
 def counted(llm: Any, name: str) -> int:
@@ -200,14 +285,20 @@ def main(job_file: str, result_file: str) -> None:
         **job["engine"],
     )
     result: dict[str, np.ndarray] = {}
-    for step in job["steps"]:
-        repair = FAULTS[step["fault"]]() if step.get("fault") else None
-        found = sample(llm, job["ids"], step["settings"], step["count"])
-        result |= {f"{step['name']}/{setting}": rows for setting, rows in found.items()}
+    drafted = accepted = 0
+    for part in job["samples"]:
+        repair = FAULTS[part["fault"]]() if part.get("fault") else None
+        before = counted(llm, "draft"), counted(llm, "accepted")
+        found = sample(llm, part["settings"], part["count"])
+        result |= {f"{part['name']}/{setting}": rows for setting, rows in found.items()}
         if repair:
             repair()
-    result["drafted"] = np.array(counted(llm, "draft"))
-    result["accepted"] = np.array(counted(llm, "accepted"))
+        else:
+            drafted += counted(llm, "draft") - before[0]
+            accepted += counted(llm, "accepted") - before[1]
+    result["drafted"], result["accepted"] = np.array(drafted), np.array(accepted)
+    answers = [ask(llm, group) for group in job.get("asked", [])]
+    result["answers"] = np.array(json.dumps(answers))
     with Path(result_file).open("wb") as file:
         np.savez(file, **result)
 
