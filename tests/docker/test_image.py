@@ -147,7 +147,8 @@ def test_up_ends_with_the_reason_when_a_start_is_refused(stack):
         said = refused.run("sh", "-c", command, timeout=120)
     finally:
         refused.run(DEBIAN_BIN / "docker-compose", "down", "--volumes", check=False)
-    assert "up: cpu ended with exit status 2 and is started again: serve: " in said
+    # Docker knows the status only until the container runs again, a moment later.
+    assert re.search("up: cpu ended( with exit status 2)? and is started again: serve: ", said)
     assert "max_num_seqs = 0; must be at least 1" in said
     assert "status 1\n" in said
 
