@@ -188,10 +188,12 @@ def render(body: dict[str, Any]) -> str:
         file = counts.setdefault(row["test"].partition("::")[0], {})
         for way in (DIRECT, GATEWAY):
             file.setdefault(way, collections.Counter()).update([row[way]] if row[way] else [])
-    total: dict[str, collections.Counter[str]] = {}
+    total: dict[str, collections.Counter[str]] = {
+        way: collections.Counter() for way in (DIRECT, GATEWAY)
+    }
     for file in counts.values():
         for way, counter in file.items():
-            total.setdefault(way, collections.Counter()).update(counter)
+            total[way].update(counter)
     lines = [
         f"vLLM {body['vllm']}'s own API tests, tiny model on a CPU: passed of those that ran, past",
         "the gateway and through it. Reasons of those that did not pass: `.json` beside this.",
