@@ -293,7 +293,7 @@ def servers(log: Path, window: int) -> Iterator[dict[str, str]]:
     urls = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
     serve = [sys.executable, "-m", "serve", "run", *SETTINGS]
     serve += ["--max-model-len", str(window), "--port", str(ports[GATEWAY])]
-    serve += ["--load-record", str(log.with_name("load.json"))]
+    serve += ["--load-record", str(log.resolve().with_name("load.json"))]
     copier = [sys.executable, "-m", "serve.overhead", "--part", "copier"]
     copier += ["--port", str(ports[DIRECT])]
     copier += ["--uds", str(run_path(f"engine-{ports[GATEWAY]}.sock"))]

@@ -36,12 +36,17 @@ def test_it_answers_while_the_engine_loads(tmp_path):
         assert front.ask("GET", "/v1/health/ready")[0] == 200
 
 
+def drain(front):
+    """Ask for the end, and wait until no new work is taken."""
+    front.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: front.readiness()["stage"] == "draining", "it drains")
+
+
 def test_sigterm_lets_running_streams_finish_and_takes_no_new_work(tmp_path):
     with running_front(tmp_path, [{}]) as front:
         front.wait_until_ready()
         connection, response = front.begin(events=20, gap_s=0.1)
-        front.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: front.readiness()["stage"] == "draining", "it drains")
+        drain(front)
         status, headers, body = front.post(events=1)
         assert status == 503
         assert int(headers["Retry-After"]) >= 1
@@ -112,8 +117,7 @@ def test_what_an_engine_drops_that_ends_in_a_drain_is_counted(tmp_path):
     with running_front(tmp_path, [{}]) as front:
         front.wait_until_ready()
         connection, response = front.begin(events=50, gap_s=0.1)
-        front.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: front.readiness()["stage"] == "draining", "it drains")
+        drain(front)
         os.kill(front.lives[0], signal.SIGKILL)
         assert front.process.wait(10) == 1
         with contextlib.closing(connection):
@@ -124,8 +128,7 @@ def test_a_second_sigterm_ends_now(tmp_path):
     with running_front(tmp_path, [{}], shutdown_timeout=60) as front:
         front.wait_until_ready()
         connection, _ = front.begin(events=1, end="hang")
-        front.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: front.readiness()["stage"] == "draining", "it drains")
+        drain(front)
         assert front.terminate(10) == 1
         connection.close()
 
