@@ -55,7 +55,7 @@ test-docker: $(STAMP) ## build the images with an engine of their own, start the
 # On a GPU host vLLM's CUDA wheel is installed otherwise: GPU_PYTHON=python3.
 GPU_STAMP := $(if $(filter $(PY),$(GPU_PYTHON)),$(STAMP))
 test-gpu: $(GPU_STAMP) kernels ## the tests that need a CUDA device
-	@$(GPU_PYTHON) -m pytest -q -m gpu
+	@$(GPU_PYTHON) -m pytest -q -m gpu tests/gpu
 
 bench-kernels: $(GPU_STAMP) kernels ## time our kernels beside Marlin on this GPU
 	@$(GPU_PYTHON) -m bench.kernels
