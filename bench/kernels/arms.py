@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from bench.kernels.check import FACTOR
 from bench.kernels.marlin import Activation
 from bench.kernels.problem import Batch
 from kernels import ops
@@ -19,10 +20,12 @@ class Arm(Protocol):
         name: in results and tables.
         interleaved: how it reads the rows of w13: gate and up by turns of 32, or in two halves.
             Both readings of the same bytes are an MoE layer, each with its own reference.
+        factor: times the error of PyTorch's BF16 that its largest error may be.
     """
 
     name: str
     interleaved: bool
+    factor: float
 
     def prepare(self, batch: Batch) -> Callable[[int], None]:
         """Make the buffers of a batch; the result runs one step and can be captured."""
@@ -33,6 +36,7 @@ class Ours:
     """`dsv4_maxq::moe_w4a16`."""
 
     interleaved = True
+    factor = FACTOR
 
     def __init__(self, limit: float, name: str = "ours") -> None:
         self.name = name
@@ -63,6 +67,7 @@ class Separator:
 
     name = "separator"
     interleaved = True
+    factor = FACTOR
 
     def prepare(self, batch: Batch) -> Callable[[int], None]:
         """See `Arm`."""

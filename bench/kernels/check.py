@@ -1,9 +1,11 @@
 """No time without a right answer: an arm's output against float64 on the same bytes.
 
-The rule is that of the kernels' tests: the largest error is at most twice that of PyTorch's BF16 on
-dequantized weights. The weights are random bits in the tiled layout, so an arm that reads another
-layout than `kernels/tiled.py` says cannot pass; that Marlin passes is the proof that one copy
-serves both. Of large batches some tokens are compared and all are looked at for unwritten values.
+The rule for ours is that of the kernels' tests: the largest error is at most twice that of
+PyTorch's BF16 on dequantized weights. Others round more often and are allowed three times; the
+least that is to be refused, one slot of one token left out, is far beyond both. The weights are
+random bits in the tiled layout, so an arm that reads another layout than `kernels/tiled.py` says
+cannot pass; that Marlin passes is the proof that one copy serves both. Of large batches some tokens
+are compared and all are looked at for unwritten values.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from kernels import reference
 from kernels.tiled import untile_scale, untile_weight
 
 FACTOR = 2.0
+# Marlin adds the parts of a split k in BF16: up to 2.02 seen, at inter 2048 and 16 tokens.
+FACTOR_OF_OTHERS = 3.0
 FLOOR = 1e-5  # of the largest value: the error of plain BF16 may be 0 for tiny problems
 MAX_TOKENS = 32  # compared per step
 
@@ -30,13 +34,14 @@ class WrongAnswer(RuntimeError):
 class Verdict:
     """Largest errors, relative to the largest exact value, and whether the arm's is small enough.
 
-    plain: of PyTorch's BF16. tokens: how many were compared.
+    plain: of PyTorch's BF16. factor: of it that is allowed. tokens: how many were compared.
     """
 
     arm: str
     tokens: int
     error: float
     plain: float
+    factor: float
     accepted: bool
 
 
@@ -58,7 +63,9 @@ class Checker:
         self._limit = limit
         self._expected: dict[bool, Expected] = {}
 
-    def judge(self, name: str, interleaved: bool, out: torch.Tensor) -> Verdict:
+    def judge(
+        self, name: str, interleaved: bool, out: torch.Tensor, factor: float = FACTOR
+    ) -> Verdict:
         """Compare one step's output, BF16 (tokens, hidden), of an arm that reads w13 so."""
         if interleaved not in self._expected:
             self._expected[interleaved] = expected(self.batch, self.step, interleaved, self._limit)
@@ -67,8 +74,9 @@ class Checker:
         error = float((out[wanted.rows].double() - wanted.exact).abs().max()) / size
         plain = float((wanted.plain.double() - wanted.exact).abs().max()) / size
         written = bool(torch.isfinite(out).all())
-        accepted = written and error <= FACTOR * plain + FLOOR
-        return Verdict(name, len(wanted.rows), error if written else float("nan"), plain, accepted)
+        accepted = written and error <= factor * plain + FLOOR
+        shown = error if written else float("nan")
+        return Verdict(name, len(wanted.rows), shown, plain, factor, accepted)
 
 
 def expected(batch: Batch, step: int, interleaved: bool, limit: float) -> Expected:
@@ -122,7 +130,7 @@ def require(verdict: Verdict) -> Verdict:
         raise WrongAnswer(
             f"{verdict.arm}: largest error {verdict.error:.3g} of the largest value over "
             f"{verdict.tokens} tokens; PyTorch's BF16 has {verdict.plain:.3g}, and "
-            f"{FACTOR:g} times that is allowed"
+            f"{verdict.factor:g} times that is allowed"
         )
     return verdict
 

@@ -29,7 +29,7 @@ def check_the_check(
 
     def output(arm: Arm, given: Batch = batch) -> Verdict:
         run_once(_all_steps(arm, given), given)
-        return checker.judge(arm.name, arm.interleaved, given.outs[last])
+        return checker.judge(arm.name, arm.interleaved, given.outs[last], arm.factor)
 
     require(output(ours))
     require(output(marlin))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from bench.kernels.check import FACTOR_OF_OTHERS
 from bench.kernels.problem import Batch, Layer, Shape
 from kernels.tiled import untile_scale, untile_weight
 from kernels.weights import INT4_GROUP
@@ -37,6 +38,7 @@ class Humming:
     """
 
     interleaved = True  # the rows are put in order before they are handed over
+    factor = FACTOR_OF_OTHERS
 
     def __init__(self, name: str, shape: Shape, layers: Sequence[Layer], limit: float) -> None:
         from humming.schema import HummingWeightSchema

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from bench.kernels.check import FACTOR_OF_OTHERS
 from bench.kernels.problem import Batch
 
 MOE_LIBRARY = "_moe_C_stable_libtorch.abi3.so"
@@ -61,6 +62,8 @@ class Marlin:
         ops: torch.ops._moe_C, or what stands for it.
         skip_down: leave the second GEMM out; for a control that must fail.
     """
+
+    factor = FACTOR_OF_OTHERS
 
     def __init__(
         self,

@@ -186,7 +186,8 @@ def _checked_graph(
     step = step_to_compare(batch)
     if step not in checkers:
         checkers[step] = Checker(batch, step, bench.limit)
-    return graph, checkers[step].judge(arm.name, arm.interleaved, batch.outs[step])
+    verdict = checkers[step].judge(arm.name, arm.interleaved, batch.outs[step], arm.factor)
+    return graph, verdict
 
 
 def _time(bench: Bench, batch: Batch, graphs: list[Any], seconds: float) -> list[list[float]]:

@@ -63,6 +63,7 @@ DSV4_DEVICE void rest() { __nanosleep(256); }
 #else
 
 extern bool (*before_store)(void* to, Line* line);  // of the emulation: faults; false: it is lost
+extern void (*before_load)(const Line* from);       // of the emulation: counts
 
 inline void store_line(Line* to, Line v) {
   if (before_store && !before_store(to, &v)) return;
@@ -72,6 +73,7 @@ inline void store_line(Line* to, Line v) {
   __atomic_store_n((uint64_t*)to + 1, half[1], __ATOMIC_RELAXED);
 }
 inline Line load_line(const Line* from) {
+  if (before_load) before_load(from);
   uint64_t half[2] = {__atomic_load_n((const uint64_t*)from, __ATOMIC_RELAXED),
                       __atomic_load_n((const uint64_t*)from + 1, __ATOMIC_RELAXED)};
   Line v;

@@ -152,8 +152,9 @@ DSV4_DEVICE void give_up(const Dsv4AllReduceArgs& a, uint32_t generation, int so
   fence_system();
 }
 
-// Waits for kWide lines at once, at first, first + step, ...; what is beyond the last line is the last
-// line again. False: the deadline passed, here or elsewhere in this call.
+// Waits for kWide lines at once, at first, first + step, ...; none is loaded beyond the last one, nor
+// any in its place: thousands of threads that poll one line of host memory wait for each other.
+// False: the deadline passed, here or elsewhere in this call.
 template <int kWide>
 DSV4_DEVICE bool await_lines(const Dsv4AllReduceArgs& a, uint32_t generation, int source, int block,
                              int first, int step, int lines, Line (&got)[kWide]) {
@@ -166,7 +167,7 @@ DSV4_DEVICE bool await_lines(const Dsv4AllReduceArgs& a, uint32_t generation, in
 #endif
     for (int j = 0; j < kWide; ++j) {
       int i = first + j * step;
-      got[j] = load_line(from + (i < lines ? i : lines - 1));
+      got[j] = i < lines ? load_line(from + i) : Line{{0, generation, 0, generation}};
     }
 #ifdef __CUDACC__
 #pragma unroll
@@ -187,7 +188,7 @@ DSV4_DEVICE bool await_lines(const Dsv4AllReduceArgs& a, uint32_t generation, in
       for (int j = kWide - 1; j >= 0; --j) {
         if (got[j].word[1] == generation && got[j].word[3] == generation) continue;
         missing = got[j];
-        at = first + j * step < lines ? first + j * step : lines - 1;
+        at = first + j * step;
       }
       give_up(a, generation, source, block, at, missing, now - start);
       return false;

@@ -35,7 +35,7 @@ BATCH = 256
 LEAST = 40  # samples of a cell, both lives together
 DEALT = 1_000
 DEALT_AGAIN = 200_000  # where the first law leaves a doubt
-ANSWER_S = 60
+ANSWER_S = 300
 DOUBT = 0.01
 POWER = 0.8
 
@@ -70,12 +70,14 @@ class Comparison:
 
     Attributes:
         p: probability of so large a statistic where both come from one distribution.
-        score: the statistic, Pearson's X2, as a normal score after Wilson and Hilferty: how far
+        statistic: Pearson's X2.
+        score: the statistic as a normal score after Wilson and Hilferty: how far
             beyond the smallest p that can be dealt.
         num_cells: that the samples were cut into.
     """
 
     p: float
+    statistic: float
     score: float
     num_cells: int
 
@@ -123,7 +125,19 @@ def compare(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Comparison:
             break
     spread = 2 / (9 * max(1, len(counts) - 1))
     score = ((observed / max(1, len(counts) - 1)) ** (1 / 3) - 1 + spread) / math.sqrt(spread)
-    return Comparison(p, score, len(counts))
+    return Comparison(p, observed, score, len(counts))
+
+
+def score_beyond(found: Comparison, counts: tuple[int, int], relative: float) -> float:
+    """How far the statistic is beyond what arithmetic explains, in standard deviations.
+
+    Two lives whose probabilities differ by `relative` in every cell make X2 noncentral by
+    m relative^2, where m is half the harmonic mean of the counts; its law is taken as a normal one.
+    """
+    freedom = max(1, found.num_cells - 1)
+    noncentral = counts[0] * counts[1] / sum(counts) * relative**2
+    spread = math.sqrt(2 * (freedom + 2 * noncentral))
+    return (found.statistic - freedom - noncentral) / spread
 
 
 def detectable(num_cells: int, counts: tuple[int, int], alpha: float) -> float:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -64,16 +65,21 @@ class Replayed:
         self.sum = torch.zeros(1, dtype=torch.int64, device="cuda")
         places = [torch.arange(num_bytes // 2, device="cuda") for num_bytes in sizes]
 
-        def step() -> None:
+        def step(reduce: Callable[[torch.Tensor], torch.Tensor] = end.all_reduce) -> None:
             self.counter.add_(1).remainder_(61)  # whole numbers below 256: exact in BF16
             for place in places:
                 x = (place % 32 + self.counter + 3 * end.rank).to(BF16)
-                out = end.all_reduce(x)
+                out = reduce(x)
                 self.wrong.add_((out != (2 * (place % 32 + self.counter) + 3).to(BF16)).sum())
                 bits = out.view(torch.int16).to(torch.int64)
                 self.sum.mul_(31).add_((bits * (place + 1)).sum())
 
         self.step = step
+
+    def reset(self) -> None:
+        """Forget the steps that were taken."""
+        for value in (self.counter, self.wrong, self.sum):
+            value.zero_()
 
     def capture(self, stream: torch.cuda.Stream) -> None:
         self.graph = torch.cuda.CUDAGraph()
@@ -309,6 +315,13 @@ def test_two_streams_agree_at_every_size_while_other_work_fills_the_gpu(ends, st
 
 def test_two_streams_replay_graphs(ends, streams):
     replayed = [Replayed(end, [8 * KB]) for end in ends]
+    torch.cuda.synchronize()
+    # CUDA loads a kernel at its first launch and waits for an idle GPU: no rank may wait for the
+    # other then.
+    for r, stream in zip(replayed, streams, strict=True):
+        with torch.cuda.stream(stream):
+            r.step(torch.Tensor.clone)
+            r.reset()
     torch.cuda.synchronize()
     for r, stream in zip(replayed, streams, strict=True):
         with torch.cuda.stream(stream):

@@ -2,12 +2,19 @@
 
 The settings and the comparison are those of tests/engine/test_sampling_distribution.py. Its faults
 are in the model runner of a CPU; here another temperature shows that a difference is seen.
+
+A GPU has other kernels for one position than for the 1 + k that verify drafts, and its logits are
+BF16: of 8 to 16, which the likely ones of these prompts are, they are 1/16 apart. Two lives may so
+differ by a step or two in each logit, always the same, which 4,000 samples see. That much is
+allowed, and the other temperature is far beyond it.
 """
 
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -16,7 +23,7 @@ from scripts.gpu_case import KV_CACHE_BYTES
 from scripts.gpu_check import INDEX_HEADS
 from serve.allreduce_tier import FUSION_OFF, OTHERS_OFF
 from tests.engine.engine import CHECKPOINT, run_script
-from tests.engine.sampling_distribution import Settings, compare, settings
+from tests.engine.sampling_distribution import Settings, compare, score_beyond, settings
 from tiny.config import TinyConfig
 from tiny.export import repeat_index_heads
 
@@ -28,7 +35,9 @@ OTHER: Settings = {"temperature and top_p": (SETTINGS["temperature and top_p"][0
 DEPTHS = (1, 3)
 COUNT = 4000
 ALPHA = 1e-3 / (len(SETTINGS) * len(DEPTHS))  # of one false alarm in this file: 1e-3
+ACCEPTED_SCORE = NormalDist().inv_cdf(1 - ALPHA)
 CLEARLY = 6.0  # normal score: a p of 1e-9
+RELATIVE = 2 / 16  # of a probability: two steps of a logit
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +49,9 @@ def samples(tmp_path_factory) -> dict[int, dict[str, np.ndarray]]:
     folder = tmp_path_factory.mktemp("sampling")
     heads = TinyConfig.load(CHECKPOINT).index_n_heads
     repeat_index_heads(CHECKPOINT, folder / "tiny", INDEX_HEADS // heads)
-    return {k: live(folder, k) for k in (0, *DEPTHS)}
+    lives = (0, *DEPTHS)
+    with ThreadPoolExecutor(len(lives)) as pool:  # an engine each, in a process of its own
+        return dict(zip(lives, pool.map(lambda k: live(folder, k), lives), strict=True))
 
 
 def live(folder: Path, k: int) -> dict[str, np.ndarray]:
@@ -77,7 +88,7 @@ def live(folder: Path, k: int) -> dict[str, np.ndarray]:
 def test_drafts_do_not_change_the_distribution(samples, k, setting):
     name = f"sound/{setting}"
     found = compare(samples[0][name], samples[k][name])
-    assert found.p > ALPHA, found
+    assert score_beyond(found, (COUNT, COUNT), RELATIVE) < ACCEPTED_SCORE, found
     assert samples[k]["accepted"] > 0
 
 
@@ -85,4 +96,4 @@ def test_drafts_do_not_change_the_distribution(samples, k, setting):
 def test_another_distribution_is_seen(samples, k):
     (setting,) = OTHER
     found = compare(samples[0][f"sound/{setting}"], samples[k][f"other/{setting}"])
-    assert found.score > CLEARLY, found
+    assert score_beyond(found, (COUNT, COUNT), RELATIVE) > CLEARLY, found

@@ -28,7 +28,7 @@ constexpr int kThreads = 3;                  // of an all-reduce
 
 std::map<char*, std::pair<int, size_t>> mapped;  // file, bytes
 char *peer_begin = nullptr, *peer_end = nullptr;
-std::atomic<long> stores{0};
+std::atomic<long> stores{0}, loads{0};
 std::string fault;
 long fault_argument = 0;
 
@@ -67,7 +67,8 @@ char* map_file(int file, size_t bytes) {
 
 namespace dsv4 {
 bool (*before_store)(void*, Line*) = nullptr;
-}
+void (*before_load)(const Line*) = [](const Line*) { ++loads; };
+}  // namespace dsv4
 
 extern "C" {
 
@@ -106,6 +107,7 @@ int dsv4_allreduce(const Dsv4AllReduceArgs* args, void*) {
 }
 
 // For tests of host code and arithmetic.
+long emulated_loads() { return loads; }
 int emulated_blocks(const Dsv4AllReduceArgs* args) { return dsv4::allreduce_blocks(*args); }
 uint32_t emulated_next_generation(uint32_t g) { return dsv4::next_generation(g); }
 void emulated_round(const float* in, uint32_t* out, int pairs) {

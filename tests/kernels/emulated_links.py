@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
+from kernels import allreduce_abi as abi
 from kernels import build
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+GONE_S = 60  # longer than any test holds a region
 
 
 def build_emulation(folder: Path) -> Path:
@@ -22,3 +25,12 @@ def build_emulation(folder: Path) -> Path:
     command += [f"-I{build.CSRC}", str(SOURCE), "-o", str(library)]
     subprocess.run(command, check=True)
     return library
+
+
+def regions_left() -> set[Path]:
+    """Regions in /dev/shm that stay; those of a test that runs beside this one go with its end."""
+    there = set(abi.SHM_FOLDER.glob("dsv4-allreduce-*"))
+    end = time.monotonic() + GONE_S
+    while (left := {path for path in there if path.exists()}) and time.monotonic() < end:
+        time.sleep(0.05)
+    return left

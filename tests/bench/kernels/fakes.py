@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
-from bench.kernels.check import stored
+from bench.kernels.check import FACTOR, stored
 from bench.kernels.gpu import DeviceInfo
 from bench.kernels.marlin import UINT4B8
 from bench.kernels.problem import Batch, Shape, make_batch, make_layers
@@ -80,6 +80,8 @@ class FakeGpu:
 
 class FakeArm:
     """The exact layer, rounded, at a price per step. `spoil(out)` makes it wrong."""
+
+    factor = FACTOR
 
     def __init__(self, gpu, name, us, interleaved=True, spoil=None) -> None:
         self.name, self.interleaved = name, interleaved

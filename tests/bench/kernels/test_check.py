@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from bench.kernels import measure
-from bench.kernels.check import MAX_TOKENS, Checker, expected, run_once, step_to_compare
+from bench.kernels.check import (
+    FACTOR_OF_OTHERS,
+    MAX_TOKENS,
+    Checker,
+    expected,
+    run_once,
+    step_to_compare,
+)
 from bench.kernels.measure import Bench, order_for
 from tests.bench.kernels.fakes import LIMIT, SHAPE, FakeArm, FakeGpu, random_batch
 
@@ -19,7 +26,9 @@ def test_pytorchs_own_bf16_is_accepted_and_three_times_its_error_is_not():
     wanted = expected(batch, 1, True, LIMIT)
     assert checker.judge("plain", True, wanted.plain).accepted
     error = wanted.plain.double() - wanted.exact
-    assert not checker.judge("worse", True, wanted.exact + 3 * error).accepted
+    worse = wanted.exact + 3 * error
+    assert not checker.judge("worse", True, worse).accepted
+    assert checker.judge("another's", True, worse, FACTOR_OF_OTHERS + 0.01).accepted
 
 
 def test_a_token_that_is_not_compared_must_still_be_written():
