@@ -75,7 +75,7 @@ patches-check: $(STAMP) ## lint the series and compare the installed engine with
 	@$(PY) patches/patchq.py verify --root "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
 
 patches-mutation: $(STAMP) ## take out each patch in turn: its guard test must fail
-	@$(PY) patches/mutation.py
+	@$(PY) patches/mutation.py $(if $(WITHIN),--within $(WITHIN)) $(if $(BEGIN),--begin $(BEGIN))
 
 serve: $(STAMP) ## serve PROFILE (cpu-tiny) on PORT (8000)
 	@$(PY) -m serve run --profile $(PROFILE) --port $(PORT)

@@ -2,7 +2,9 @@
 """Mutation check of the guard tests: without its patch, each patch's `Test:` must fail.
 
 For every patch an overlay of the installed `vllm` is made, in which that patch is taken out, and
-put in front with PYTHONPATH. The control, with every patch in, must pass. Standard library only.
+put in front with PYTHONPATH. The control, with every patch in, must pass. Where there is no time
+for all, `--within S --begin N` starts no patch after S seconds and begins with the N-th of the
+series, counted round: with another N each time all have their turn. Standard library only.
 
 Exit status: 0 every guard fails without its patch, 1 a guard or a control does not do what it
 should, 2 bad usage or bad input.
@@ -18,7 +20,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,8 +142,10 @@ def run_guard(test: str, repository: Path, overlay: Path, timeout_s: float) -> O
     return Outcome(max(len(cases) - len(broken) - skipped, 0), len(broken), note, seconds)
 
 
-def check(queue: patchq.Queue, root: Path, only: str | None, timeout_s: float) -> Iterator[tuple]:
-    """Run the control and the mutant of each patch.
+def check(
+    queue: patchq.Queue, root: Path, patches: Sequence[patchq.Patch], timeout_s: float
+) -> Iterator[tuple]:
+    """Run the control and the mutant of each of these patches.
 
     Yields:
         (patch name, verdict, detail); the verdict is "killed", "SURVIVED" or "CONTROL FAILED".
@@ -156,9 +160,7 @@ def check(queue: patchq.Queue, root: Path, only: str | None, timeout_s: float) -
             make_overlay(root, Path(name), images)
             return run_guard(test, repository, Path(name), timeout_s)
 
-    for patch in queue.patches:
-        if only and patch.name != only:
-            continue
+    for patch in patches:
         test = patch.field("Test")
         if test not in controls:
             controls[test] = guard(test, installed)
@@ -177,20 +179,32 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--queue", type=Path, default=Path(patchq.__file__).parent)
     parser.add_argument("--root", type=Path, help="contains the patched vllm/; default: installed")
     parser.add_argument("--only", metavar="PATCH", help="file name of one patch")
+    parser.add_argument("--begin", type=int, default=0, metavar="N", help="with the N-th patch")
+    parser.add_argument("--within", type=float, metavar="S", help="start none after S seconds")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one test file")
     args = parser.parse_args(argv)
     try:
         queue = patchq.read_queue(args.queue)
         if args.only and args.only not in [patch.name for patch in queue.patches]:
             raise patchq.QueueError(f"--only {args.only}: not listed in series")
-        width = max((len(patch.name) for patch in queue.patches), default=0)
+        patches = [p for p in queue.patches if args.only in (None, p.name)]
+        first = args.begin % len(patches) if patches else 0
+        patches = patches[first:] + patches[:first]
+        width = max((len(patch.name) for patch in patches), default=0)
         bad = []
+        left = [patch.name for patch in patches]
+        start = time.monotonic()
         for name, verdict, detail in check(
-            queue, args.root or find_installed(), args.only, args.timeout
+            queue, args.root or find_installed(), patches, args.timeout
         ):
             print(f"{name:<{width}}  {verdict:<14}  {detail}", flush=True)
+            left.remove(name)
             if verdict != "killed":
                 bad.append(name)
+            if args.within is not None and time.monotonic() - start > args.within:
+                break
+        if left:
+            print(f"mutation: {args.within:.0f} s are over; left out: {', '.join(left)}")
     except patchq.QueueError as error:
         for problem in error.problems:
             print(f"mutation: {problem}", file=sys.stderr)

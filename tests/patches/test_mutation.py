@@ -87,6 +87,16 @@ def test_guards_that_survive_or_do_not_pass_with_all_patches_are_named(place):
     assert named == ["blind.patch", "broken.patch", "skipped.patch"]
 
 
+def test_without_time_for_all_the_others_are_named_and_any_may_be_the_first(place):
+    done = mutate(place, "--within", "0", "--begin", "7")
+    assert done.returncode == 0, done.stderr
+    verdict, left = done.stdout.splitlines()
+    assert verdict.startswith("needed.patch")
+    assert left.endswith(
+        "0 s are over; left out: broken.patch, skipped.patch, good.patch, blind.patch"
+    )
+
+
 def test_a_root_without_the_patches_and_an_unknown_patch_are_refused(place, tmp_path):
     (tmp_path / "vllm").mkdir()
     done = mutate(place, "--root", tmp_path)
