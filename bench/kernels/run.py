@@ -33,6 +33,7 @@ BREAKDOWN_TOKENS = (1, 2, 4, 16, 64)
 TAIL_S = 8.0  # copy bandwidth again, breakdown, files
 TIMED_SHARE = 0.5  # of what is left for a draw; the rest is for capture and check
 LEAST_S, MOST_S = 0.1, 1.0
+OVERRUN_S = 20.0  # beyond the budget no case is begun; what was measured is not lost
 # Issue: on an H100 at the TP 2 shape, helpers included.
 TARGET_CAPABILITY, TARGET_TP = "9.0", 2
 TARGET_RATIOS = {1: 1.7, 2: 1.4, 3: 1.25, 4: 1.25}
@@ -59,6 +60,10 @@ class Progress:
     def left_s(self) -> float:
         """Seconds until the budget is spent."""
         return max(0.0, self._budget_s - self.elapsed_s())
+
+    def is_over(self) -> bool:
+        """Whether captures and checks took so long that nothing more is begun."""
+        return self.elapsed_s() > self._budget_s + OVERRUN_S
 
     def next_draw_s(self) -> float:
         """Seconds of rounds for the next draw: an equal part of what is left."""
@@ -104,13 +109,18 @@ def run(
     )  # fmt: skip
     refused = _controls(bench, arms, progress)
 
-    results = []
+    results: list[dict[str, Any]] = []
     for number, case in enumerate(cases, 1):
+        if results and progress.is_over():
+            break
         extra = [humming] if humming else []
         measured = measure(bench, case, config.draws, progress.next_draw_s, extra)
         entry = summarize(measured, shape, copies[0])
         results.append(entry)
         progress.say(_progress_line(number, len(cases), entry, progress))
+    left_out = [f"{case.tokens} {case.routing.value}" for case in cases[len(results) :]]
+    if left_out:
+        arms.notes["left out, the budget was spent"] = ", ".join(left_out)
     copies.append(gpu.copy_gb_s())
     ratios = dispatch_ratios(results)
     table = dispatch.segments(ratios)
@@ -137,6 +147,7 @@ def run(
             },
         },
         "cases": results,
+        "left_out": left_out,
         "dispatch": table,
         "breakdown": [],
         "targets": targets(results, gpu.info.capability, config.tp),
@@ -266,9 +277,14 @@ def write_dispatch(config: BenchConfig, result: dict[str, Any]) -> None:
     """Write the dispatch table, where it is asked for.
 
     Raises:
-        ValueError: the file that is there is of another device.
+        ValueError: the file that is there is of another device, or a batch size was left out.
     """
     if config.dispatch_table is not None:
+        if missing := [name for name in result["left_out"] if name.endswith(Routing.UNIFORM.value)]:
+            raise ValueError(
+                f"--dispatch-table {config.dispatch_table}: not written, for want of "
+                f"{', '.join(missing)}; give more than --budget-s {config.budget_s:g}"
+            )
         where = result["provenance"]
         dispatch.write_table(
             config.dispatch_table,

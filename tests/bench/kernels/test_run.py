@@ -241,6 +241,21 @@ def test_times_that_mean_nothing_give_no_dispatch_table(installed, tmp_path):
     assert not table.exists()
 
 
+def test_a_budget_that_is_spent_loses_nothing_and_gives_no_dispatch_table(
+    installed, tmp_path, capsys
+):
+    installed.setattr(command, "OVERRUN_S", -1e9)
+    out, table = tmp_path / "a.json", tmp_path / "dispatch.json"
+    assert command.main(["--out", str(out), "--dispatch-table", str(table)]) == 1
+    found = json.loads(out.read_text())
+    assert [(e["tokens"], e["routing"]) for e in found["cases"]] == [(1, "uniform")]
+    assert found["left_out"] == ["2 uniform", "2 mtp"]
+    printed = capsys.readouterr()
+    assert "left out, the budget was spent: 2 uniform, 2 mtp" in printed.out
+    assert "dispatch.json: not written, for want of 2 uniform;" in printed.err
+    assert not table.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
