@@ -11,13 +11,16 @@ The environment says what to do; `serve` sets it from what the probe of the link
     DSV4_ALLREDUCE_TIER              host-pinned or peer-push; anything else leaves vLLM's own
     DSV4_ALLREDUCE_DEADLINE_S        of waits in CUDA graphs, 2
     DSV4_ALLREDUCE_EAGER_DEADLINE_S  of others, 30: a rank may compile a kernel for a new shape
-    DSV4_ALLREDUCE_START_DEADLINE_S  of others until the worker is warm, 900: it compiles
+    DSV4_ALLREDUCE_START_DEADLINE_S  of others until the worker is warm, 240: it compiles, and ranks
+                                     do so at once; serve's watchdog waits longer
 """
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,7 +32,7 @@ Reduce = Callable[[torch.Tensor], torch.Tensor]
 DEADLINES_S = {
     "DSV4_ALLREDUCE_DEADLINE_S": 2.0,
     "DSV4_ALLREDUCE_EAGER_DEADLINE_S": 30.0,
-    "DSV4_ALLREDUCE_START_DEADLINE_S": 900.0,
+    "DSV4_ALLREDUCE_START_DEADLINE_S": 240.0,
 }
 
 
@@ -56,6 +59,24 @@ def takes(x: torch.Tensor, max_bytes: int) -> bool:
     """Whether our kernel takes a tensor. Ranks must agree, so only on what they have in common."""
     num_bytes = x.numel() * x.element_size()
     return x.dtype is torch.bfloat16 and 0 < num_bytes <= max_bytes and num_bytes % 16 == 0
+
+
+@functools.cache
+def checked_output() -> type:
+    """The class of outputs that are still on their way: checked when they are here."""
+    from vllm.v1.outputs import AsyncModelRunnerOutput
+
+    class Checked(AsyncModelRunnerOutput):
+        """`output`'s tokens, under a `fault_first` of the worker."""
+
+        def __init__(self, output: AsyncModelRunnerOutput, fault_first: Callable[[], Any]) -> None:
+            self._output, self._fault_first = output, fault_first
+
+        def get_output(self) -> Any:
+            with self._fault_first():
+                return self._output.get_output()  # waits for the step's last kernel
+
+    return Checked
 
 
 class BoundedWorker:
@@ -97,38 +118,47 @@ class BoundedWorker:
         communicator.all_reduce = all_reduce
         communicator.one_shot_comm = self._end  # for the load record
 
+    @contextmanager
+    def fault_first(self) -> Iterator[None]:
+        """Fail if a wait of the all-reduces within passed the deadline, whatever else failed then.
+
+        After a wait that gave up kernels work on garbage, or on the memory of a peer that is gone:
+        the CUDA error that follows must not hide what came before it.
+        """
+        try:
+            yield
+        finally:
+            if self._end is not None:
+                self._end.check()
+
+    def determine_available_memory(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's, which runs the model for the first time."""
+        with self.fault_first():
+            return super().determine_available_memory(*args, **kwargs)
+
     def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's; after it, a rank no longer has minutes to compile."""
-        result = super().compile_or_warm_up_model(*args, **kwargs)
+        with self.fault_first():
+            result = super().compile_or_warm_up_model(*args, **kwargs)
         if self._end is not None:
-            self._end.check()
             self._end.set_eager_deadline(seconds("DSV4_ALLREDUCE_EAGER_DEADLINE_S"))
         return result
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's; the step fails if a wait of its all-reduces passed the deadline."""
-        return self._checked(super().execute_model(*args, **kwargs))
+        return self._checked(lambda: super(BoundedWorker, self).execute_model(*args, **kwargs))
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's; the step fails if a wait of its all-reduces passed the deadline."""
-        return self._checked(super().sample_tokens(*args, **kwargs))
+        return self._checked(lambda: super(BoundedWorker, self).sample_tokens(*args, **kwargs))
 
-    def _checked(self, output: Any) -> Any:
+    def _checked(self, step: Callable[[], Any]) -> Any:
         if self._end is None:
-            return output
+            return step()
         from vllm.v1.outputs import AsyncModelRunnerOutput
 
-        if not isinstance(output, AsyncModelRunnerOutput):
-            self._end.check()
-            return output
-        check = self._end.check
-
-        class Checked(AsyncModelRunnerOutput):
-            """Tokens that are still on their way: checked when they are here."""
-
-            def get_output(self) -> Any:
-                tokens = output.get_output()  # waits for the step's last kernel
-                check()
-                return tokens
-
-        return Checked()
+        with self.fault_first():
+            output = step()
+        if isinstance(output, AsyncModelRunnerOutput):
+            return checked_output()(output, self.fault_first)
+        return output

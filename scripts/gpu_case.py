@@ -427,7 +427,7 @@ def run_case(
                 traceback.print_exc()
                 result["error"] = f"{part}: {type(error).__name__}: {error}"
             print(f"gpu_case: {name}: {part}: {time.perf_counter() - part_start:.1f} s", flush=True)
-            if torch.cuda.is_available():
+            if torch.cuda.is_available() and case.ranks == 1:  # else the ranks hold it
                 result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
             save(result)
 

@@ -23,6 +23,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -259,13 +260,15 @@ def run_together(
                    "--beside", ",".join(other for other in names if other != name)]  # fmt: skip
         with (out / f"{name}.log").open("w") as log:
             env = os.environ | {"CUDA_VISIBLE_DEVICES": seen}
-            running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
+            running[name] = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
+            )
     statuses = {}
     while running:
         for name, process in list(running.items()):
             status = process.poll()
             if status is None and time.monotonic() - start > timeout_s:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # its ranks hold GPUs
                 process.wait()
                 status = DEADLINE_STATUS
             if status is not None:

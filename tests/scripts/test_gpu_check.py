@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from importlib.metadata import distributions
+from pathlib import Path
 
 import pytest
 
@@ -182,6 +184,32 @@ def test_what_a_case_had_measured_outlives_it(tmp_path, monkeypatch):
     assert main(["run", *arguments]) == 1
     body = json.loads((out / "graphs-k0.json").read_text())
     assert body == {"case": "graphs-k0", "start_s": 7, "error": "ended with status 9 and no result"}
+
+
+def test_a_case_whose_time_is_over_takes_its_ranks_with_it(tmp_path, monkeypatch):
+    script = tmp_path / "case.py"
+    script.write_text(
+        "import pathlib, subprocess, sys, time\n"
+        "rank = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"pathlib.Path({str(tmp_path / 'rank')!r}).write_text(str(rank.pid))\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.setattr(gpu_check, "CASE_SCRIPT", script)
+    arguments = ["--checkpoint", str(tmp_path), "--out", str(tmp_path / "out"), "--timeout", "10"]
+    assert main(["run", *arguments, "--cases", "graphs-k0"]) == 1
+    rank = Path("/proc", (tmp_path / "rank").read_text())
+    until = time.monotonic() + 60
+    while is_alive(rank) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not is_alive(rank)
+
+
+def is_alive(process: Path) -> bool:
+    """Whether a process is there and no zombie; `process` is its folder in /proc."""
+    try:
+        return ") Z" not in (process / "stat").read_text()
+    except FileNotFoundError:
+        return False
 
 
 def test_a_case_beside_one_that_ended_waits_no_longer(tmp_path):
