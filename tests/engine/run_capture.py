@@ -18,7 +18,7 @@ import numpy as np
 
 from retrofit.control import CONTROL, Action, Answer, Order, read_answer, write
 
-TIMEOUT_S = 60
+TIMEOUT_S = 300
 
 
 def give(folder: Path, request: str, action: Action, budget_bytes: int, **meta) -> Answer:

@@ -17,9 +17,10 @@ from tests.kernels.emulated_links import build_emulation
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-DEADLINE_S = 2.0
+DEADLINE_S = 60.0  # a rank of a sound link is never so late, however busy the machine is
+SHORT_S = 6.0  # where it is to pass
 REQUESTS = [request(list(range(5, 13)), 24)]
-STARTS_WITHIN_S = 90  # on two busy cores
+ENDS_WITHIN_S = 450  # its start included, on a slow and busy machine; a hang takes twice as long
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +48,17 @@ def test_two_ranks_reduce_over_our_protocol(run_engine, tmp_path, env):
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "deadline_s", "said"),
     [
-        ("lose:9000", r"rank \d waited 2\.\d\d s for rank \d: generation \d\d+, "),
-        ("corrupt:9000", "ranks 0 and 1 hold different sums of generation"),
+        ("lose:9000", SHORT_S, r"rank \d waited \d+\.\d\d s for rank \d: generation \d\d+, "),
+        ("corrupt:9000", DEADLINE_S, "ranks 0 and 1 hold different sums of generation"),
     ],
 )
-def test_a_broken_link_fails_the_step_and_ends_the_engine(run_engine, env, fault, said):
+def test_a_broken_link_fails_the_step_and_ends_the_engine(run_engine, env, fault, deadline_s, said):
+    env = env | {"EMULATED_FAULT": fault, "DSV4_ALLREDUCE_EAGER_DEADLINE_S": str(deadline_s)}
     start = time.monotonic()
     with pytest.raises(AssertionError) as caught:  # of the exit status; a hang would be a timeout
-        run_engine(CHECKPOINT, REQUESTS, env=env | {"EMULATED_FAULT": fault}, **OURS)
+        run_engine(CHECKPOINT, REQUESTS, env=env, **OURS)
     log = str(caught.value)
     assert re.search(rf"all_reduce_oneshot: {said}", log), log
-    assert time.monotonic() - start < STARTS_WITHIN_S + DEADLINE_S
+    assert time.monotonic() - start < ENDS_WITHIN_S

@@ -28,8 +28,8 @@ from tests.serve.front_process import Front, answers, wait_until
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-START_S = 120
-DEADLINE_S = 2
+START_S = 600  # half a minute on a quiet machine
+DEADLINE_S = 6  # a rank of a sound link is never so late
 JOB = {"model": "dsv4-tiny", "prompt": "The sea", "temperature": 0}
 LONG = JOB | {"max_tokens": 3000, "ignore_eos": True}  # what the link does not live to see
 PROBE = {"peer-push": "healthy", "peer-pull": "hang", "host-pinned": "healthy"}
@@ -38,7 +38,7 @@ PROBE = {"peer-push": "healthy", "peer-pull": "hang", "host-pinned": "healthy"}
 class Patient(Front):
     """The first request of a life takes seconds, on two busy cores many."""
 
-    def connect(self, timeout_s=60.0):
+    def connect(self, timeout_s=180.0):
         return super().connect(timeout_s)
 
 
@@ -79,7 +79,7 @@ def front(tmp_path):
     finally:
         process.terminate()
         try:
-            process.wait(30)
+            process.wait(60)
         finally:
             process.kill()
 
@@ -131,7 +131,7 @@ def test_requests_on_a_link_that_breaks_may_come_again_and_are_served_one_tier_d
     assert found["all_reduce"]["chosen"] == "host-pinned"
     [demoted] = found["all_reduce"]["demoted_from"]
     assert demoted["tier"] == "peer-push"
-    said = r"all_reduce_oneshot: rank \d waited 2\.\d\d s for rank \d: generation \d+, "
+    said = r"all_reduce_oneshot: rank \d waited \d+\.\d\d s for rank \d: generation \d+, "
     assert re.match(said, demoted["reason"])
     [end] = found["engine"]["ends"]
     assert f"peer-push is demoted to host-pinned: {demoted['reason']}" in end["reason"]

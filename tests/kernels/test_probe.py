@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from kernels import allreduce_abi as abi
 from kernels import build, probe
 from kernels.probe import Arm, ProbeConfig, ProbeImpossible, Verdict, run_arm
-from tests.kernels.emulated_links import build_emulation
+from tests.kernels.emulated_links import build_emulation, regions_left
 
 
 @pytest.fixture(scope="session")
@@ -35,12 +34,12 @@ def config(emulation, monkeypatch) -> ProbeConfig:
         large_rounds=3,
         large_blocks=2,
         deadline_s=1.0,
-        timeout_s=20.0,
+        timeout_s=60.0,
         slow_latency_us=1e9,
         slow_bandwidth_gb_s=0.0,
         library=emulation,
     )
-    assert not list(abi.SHM_FOLDER.glob("dsv4-allreduce-*"))
+    assert not regions_left()
 
 
 def alive(pid: int) -> bool:
@@ -67,7 +66,7 @@ def test_lost_stores_are_a_hang_that_ends_at_the_deadline(config, monkeypatch, f
     monkeypatch.setenv("EMULATED_FAULT", fault)
     start = time.monotonic()
     result = run_arm(config, Arm.PEER_PUSH)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30  # not after the timeout, which is twice as long
     assert result.verdict is Verdict.HANG
     assert "waited 1 s for flag" in result.reason
     assert run_arm(config, Arm.HOST_PINNED).verdict is Verdict.HEALTHY
@@ -102,9 +101,9 @@ def test_a_kernel_that_ignores_its_deadline_is_killed_from_outside(config, monke
         return made[-1]
 
     monkeypatch.setattr(probe, "Pair", pair)
-    result = run_arm(replace(config, timeout_s=3.0), Arm.PEER_PUSH)
+    result = run_arm(replace(config, timeout_s=6.0), Arm.PEER_PUSH)
     assert result.verdict is Verdict.HANG
-    assert "step run: the process of GPU 0 did not answer in 3 s and was killed" in result.reason
+    assert "step run: the process of GPU 0 did not answer in 6 s and was killed" in result.reason
     assert not any(alive(pid) for pid in made[0].pids)
 
 
@@ -142,8 +141,10 @@ def test_a_process_that_dies_is_a_hang_with_its_status(config, monkeypatch):
 
 def test_processes_die_with_a_killed_parent(config, tmp_path):
     script = (
-        "import sys, time; from pathlib import Path; from kernels.probe import *;"
-        "c = ProbeConfig(library=Path(sys.argv[1])); p = Pair(c, 'none');"
+        "import contextlib, sys, time; from pathlib import Path; from kernels.probe import *\n"
+        "c = ProbeConfig(library=Path(sys.argv[1])); p = Pair(c, 'none')\n"
+        # An answer, if only that there is no such region: they have asked for their end by then.
+        "with contextlib.suppress(Refused): p.ask('open', [{}, {}])\n"
         "print(*p.pids, flush=True); time.sleep(60)"
     )
     parent = subprocess.Popen(
@@ -153,12 +154,11 @@ def test_processes_die_with_a_killed_parent(config, tmp_path):
         cwd=build.ROOT,
     )
     pids = [int(word) for word in parent.stdout.readline().split()]
-    time.sleep(1.0)  # until they have asked for it
     assert all(alive(pid) for pid in pids)
     os.kill(pids[0], signal.SIGSTOP)  # end of input would not end this one
     parent.kill()
     parent.communicate()
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while any(alive(pid) for pid in pids) and time.monotonic() < end:
         time.sleep(0.05)
     assert not any(alive(pid) for pid in pids)

@@ -157,11 +157,11 @@ def test_without_a_compiler_the_planted_kernels_are_said_not_to_have_run(
 
 def test_a_tool_that_hangs_is_ended(tmp_path):
     tool = tmp_path / "compute-sanitizer"
-    tool.write_text("#!/bin/sh\nsleep 60 & wait\n")
+    tool.write_text("#!/bin/sh\nsleep 600 & wait\n")
     tool.chmod(0o755)
     hung = sanitize_kernels.run_tool(tool, "memcheck", ["all"], tmp_path, 0.5)
     assert hung.exit_status is None
-    assert hung.seconds < 20
+    assert hung.seconds < 60
 
 
 def test_the_sanitizer_is_looked_for_beside_nvcc(tmp_path, monkeypatch):

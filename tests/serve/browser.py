@@ -16,8 +16,8 @@ from typing import Any
 from websockets.sync.client import ClientConnection, connect
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-START_S = 30
-ANSWER_S = 30
+START_S = 120
+ANSWER_S = 120
 
 
 def find_browser() -> str | None:
@@ -86,7 +86,7 @@ class Page:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
-    def wait_until(self, expression: str, timeout_s: float = 15) -> Any:
+    def wait_until(self, expression: str, timeout_s: float = 60) -> Any:
         """Wait for a true value and return it."""
         deadline = time.monotonic() + timeout_s
         while not (value := self.evaluate(expression)):
@@ -115,7 +115,7 @@ def browsing(folder: Path) -> Iterator[Page]:
             yield Page(connection)
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
 def tab_address(folder: Path, process: subprocess.Popen) -> str:

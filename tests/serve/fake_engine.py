@@ -6,8 +6,8 @@ PLAN is a JSON list with one object for each life, the last for all later ones:
 load_s (seconds until it listens), crash ("loading": ends before it listens), hangs (spins after the
 last shard), compiles_s (seconds, after it, in another program and without a line), ignore_term,
 wedged (answers no canary), forks (starts a child in the process group that outlives its parent).
-What a request does is in its body: see `work`. FOLDER gets one file for each life with its pid, and
-a line in `aborted` for each request whose client went away.
+What a request does is in its body: see `work`. FOLDER gets one file for each life with its pid, a
+line in `begun` for each request for work, and one in `aborted` for each whose client went away.
 """
 
 from __future__ import annotations
@@ -54,20 +54,25 @@ class Engine:
                 if not message.get("more_body"):
                     break
             self.running += 1
+            self.note("begun")
             job = asyncio.create_task(self.work(json.loads(body or b"{}"), send))
             gone = asyncio.create_task(receive())
             try:
                 await asyncio.wait((job, gone), return_when=asyncio.FIRST_COMPLETED)
                 if not job.done():
                     job.cancel()
-                    with (self.control / "aborted").open("a") as file:
-                        file.write("x\n")
+                    self.note("aborted")
                 else:
                     job.result()
             finally:
                 gone.cancel()
                 self.running -= 1
                 self.served += 1
+
+    def note(self, what: str) -> None:
+        """Another line in a file of the control folder."""
+        with (self.control / what).open("a") as file:
+            file.write("x\n")
 
     async def work(self, job: dict, send) -> None:
         """prefill_steps, step_s: steps before the first byte; uncounted: as vLLM's are.
@@ -96,8 +101,7 @@ class Engine:
             self.iterations += not job.get("uncounted")
             self.cache += 0.001
         if job.get("max_tokens") == 1:
-            with (self.control / "canaries").open("a") as file:
-                file.write("x\n")
+            self.note("canaries")
             await asyncio.sleep(3600 if self.wedged else 0)
         if job.get("wedge"):
             self.wedged = True

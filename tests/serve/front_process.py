@@ -22,7 +22,7 @@ from bench.server import free_port
 
 ROOT = Path(__file__).parents[2]
 FAKE = Path(__file__).with_name("fake_engine.py")
-WAIT_S = 20.0
+WAIT_S = 60.0  # a hang is bounded; nothing that is waited for takes seconds on a quiet machine
 JSON = {"Content-Type": "application/json"}  # vLLM refuses a body of any other type
 QUICK = {"back_off_s": 0.05, "stop_s": 1.0, "poll_s": 0.02}
 
@@ -86,8 +86,16 @@ class Front:
         return [int(text) for path in files if (text := path.read_text())]
 
     @property
+    def num_begun(self) -> int:
+        """Requests for work that have reached the engine."""
+        return self._count("begun")
+
+    @property
     def num_aborted(self) -> int:
-        path = self.folder / "control" / "aborted"
+        return self._count("aborted")
+
+    def _count(self, name: str) -> int:
+        path = self.folder / "control" / name
         return len(path.read_text().splitlines()) if path.exists() else 0
 
     def log(self) -> str:

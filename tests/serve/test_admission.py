@@ -9,7 +9,7 @@ import pytest
 from serve.admission import Admission, AdmissionLimits
 from serve.keys import Key
 from serve.relay import Flight
-from tests.serve.front_process import running_front, wait_until
+from tests.serve.front_process import WAIT_S, running_front, wait_until
 
 LIMITS = AdmissionLimits(2, max_num_queued_reqs=1, max_num_queued_tokens=100, max_body_bytes=4000)
 
@@ -99,12 +99,12 @@ def test_a_full_front_says_429_and_takes_work_again(front):
     def taken():
         return front.post(events=1)[0] == 200
 
-    wait_until(taken, "work is taken again", 5)
+    wait_until(taken, "work is taken again")
 
 
 def test_a_prompt_counts_by_what_has_come_of_it(front):
     """Else one that is announced and never sent would keep all others away."""
-    with socket.create_connection(("127.0.0.1", front.port), timeout=10) as sock:
+    with socket.create_connection(("127.0.0.1", front.port), timeout=WAIT_S) as sock:
         sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n{")
 
         def queued():
@@ -114,14 +114,14 @@ def test_a_prompt_counts_by_what_has_come_of_it(front):
         assert queued() == 0
         assert front.post(events=1)[0] == 200
         sock.sendall(b" " * 798)
-        wait_until(lambda: queued() == 199, "what came is counted", 3)
+        wait_until(lambda: queued() == 199, "what came is counted")
         assert front.post(events=1)[0] == 429
-    wait_until(lambda: not queued(), "its place is free", 3)
+    wait_until(lambda: not queued(), "its place is free")
 
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_large_body_is_413_with_and_without_its_length_announced(front, chunked):
-    with socket.create_connection(("127.0.0.1", front.port), timeout=10) as sock:
+    with socket.create_connection(("127.0.0.1", front.port), timeout=WAIT_S) as sock:
         head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
         if chunked:
             head += b"Transfer-Encoding: chunked\r\n\r\n"

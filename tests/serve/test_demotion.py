@@ -14,7 +14,7 @@ from serve.allreduce_tier import AllReduce, Key, Known, Tier, Tiers
 from serve.faults import FaultKind, Faults
 from serve.stages import Stage
 from serve.supervisor import Limits, Supervisor
-from tests.serve.front_process import QUICK, running_front, wait_until
+from tests.serve.front_process import QUICK, WAIT_S, running_front, wait_until
 
 KEY = Key("boot", None, ("0000:01:00.0", "0000:21:00.0"))
 PROBE = {"peer-push": "healthy", "peer-pull": "hang", "host-pinned": "healthy"}
@@ -63,7 +63,7 @@ class Lives:
     async def until(self, condition):
         """Run until a condition holds, then stop."""
         running = asyncio.create_task(self.supervisor.run())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(WAIT_S):
             while not condition():
                 await asyncio.sleep(0.01)
             self.supervisor.stop()

@@ -18,7 +18,7 @@ from tests.serve.front_process import Front, answers, wait_until
 
 ROOT = Path(__file__).parents[2]
 MODEL = "dsv4-tiny"
-START_S = 120
+START_S = 600
 STALL_S = 5
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -128,8 +128,8 @@ def test_a_stopped_engine_core_is_noticed_dumped_and_replaced(ready, client):
     with pytest.raises(openai.APIError, match="the engine ended"):
         for _ in events:
             pass
-    assert time.monotonic() - start < 3 * STALL_S
-    wait_until(lambda: list((ready.folder / "reports").glob("*.json")), "the report", 10)
+    assert time.monotonic() - start < 12 * STALL_S  # by default it would be 120 s
+    wait_until(lambda: list((ready.folder / "reports").glob("*.json")), "the report")
     [report] = (ready.folder / "reports").iterdir()
     text = report.read_text()
     assert "most recent call first" in text
@@ -154,5 +154,5 @@ def test_a_drain_lets_the_stream_finish_and_ends_every_process(ready, client):
     ready.process.send_signal(signal.SIGTERM)
     *_, last = events
     assert last.choices[0].finish_reason == "length"
-    assert ready.process.wait(30) == 0
+    assert ready.process.wait(START_S) == 0
     assert not any(Path(f"/proc/{pid}/exe").exists() for pid in processes)

@@ -9,7 +9,7 @@ import socket
 import pytest
 
 from serve.gateway import OWN_PATHS
-from tests.serve.front_process import running_front
+from tests.serve.front_process import WAIT_S, running_front
 
 KEY = "fuzz-0123456789abcdef"
 METHODS = ("GET", "GET", "GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "Q")
@@ -113,7 +113,7 @@ def exchange(front, data, end=False):
     """All that comes back before the connection ends. end: say that nothing more will be sent."""
     answer = b""
     with (
-        socket.create_connection(("127.0.0.1", front.port), timeout=10) as client,
+        socket.create_connection(("127.0.0.1", front.port), timeout=WAIT_S) as client,
         contextlib.suppress(ConnectionResetError, BrokenPipeError),
     ):
         client.sendall(data)

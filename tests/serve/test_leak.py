@@ -75,7 +75,7 @@ def leak(folder: Path, num_requests: int) -> tuple[dict[str, float], dict[str, f
             return now if not now["in_flight"] else None
 
         asyncio.run(send(front.port, NUM_WARM))
-        before = wait_until(rested, "all has ended", 10)
+        before = wait_until(rested, "all has ended")
         asyncio.run(send(front.port, num_requests))
         return before, wait_until(
             lambda: (
@@ -85,7 +85,6 @@ def leak(folder: Path, num_requests: int) -> tuple[dict[str, float], dict[str, f
                 and now
             ),
             "sockets and tasks end",
-            10,
         )
 
 

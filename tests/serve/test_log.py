@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from serve.log import MAX_WAITING, Log, LogFormat, event
-from tests.serve.front_process import running_front, wait_until
+from tests.serve.front_process import WAIT_S, running_front, wait_until
 
 KEY = "anna-0123456789abcdef"
 SECRETS = ("s3cret-prompt", "s3cret-query", "s3cret-header", "s3cret-cookie", "s3cret-wrong-key")
@@ -45,7 +45,7 @@ def test_no_key_header_prompt_output_or_query_is_in_the_log(front):
     front.ask("POST", target, f"{{{prompt}", good)  # the engine fails on it
     front.ask("GET", f"/status.json?since={query}", None, good)
     front.ask("GET", f"/metrics?{query}", None, good)
-    with socket.create_connection(("127.0.0.1", front.port), timeout=10) as sock:
+    with socket.create_connection(("127.0.0.1", front.port), timeout=WAIT_S) as sock:
         sock.sendall(f"GET http://[{query} HTTP/1.1\r\nX-Api-Key: {KEY}\r\n\r\n".encode())
         assert b" 400 " in sock.recv(1000)
     front.ask("POST", target, ask, good | {"X-Request-Id": f"{prompt} {query}"})
@@ -184,14 +184,14 @@ def test_a_log_that_nobody_reads_neither_stops_the_server_nor_its_end(num_lines)
         process.stdin.write("\n")
         process.stdin.flush()
         try:
-            assert process.wait(10) == 0
+            assert process.wait(WAIT_S) == 0
         finally:
             process.kill()
 
 
 def test_dropped_lines_are_counted_in_the_log_when_it_is_read_again():
     with start_blocked(MAX_WAITING + 5000) as process:
-        _, log = process.communicate("\n", timeout=10)
+        _, log = process.communicate("\n", timeout=WAIT_S)
     lines = [json.loads(line) for line in log.splitlines()]
     told = [re.match(r"(\d+) lines", line.get("message", "")) for line in lines]
     num_dropped = sum(int(match[1]) for match in told if match)

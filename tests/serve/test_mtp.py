@@ -99,12 +99,12 @@ def test_zero_acceptance_is_in_the_status_and_the_metrics_and_goes_away(tmp_path
     with running_front(tmp_path, [{}], **config) as front:
         front.wait_until_ready()
         front.post(events=1, drafts=199, accepted=0)
-        wait_until(lambda: status()["mtp"]["drafts"] == 199, "the drafts are seen", 3)
+        wait_until(lambda: status()["mtp"]["drafts"] == 199, "the drafts are seen")
         assert fault() is None
         assert not status()["mtp"]["fault"]
         assert (metric("faults_total"), metric("fault_active")) == (0, 0)
         front.post(events=1, drafts=1, accepted=0)
-        entry = wait_until(fault, "the fault", 3)
+        entry = wait_until(fault, "the fault")
         assert entry["active"]
         assert "none of the last 200 drafts was accepted" in entry["message"]
         mtp = status()["mtp"]
@@ -112,7 +112,7 @@ def test_zero_acceptance_is_in_the_status_and_the_metrics_and_goes_away(tmp_path
         assert (mtp["acceptance_rate"], mtp["per_position"]) == (0, [0])
         assert (metric("faults_total"), metric("fault_active")) == (1, 1)
         front.post(events=1, drafts=10, accepted=7)
-        wait_until(lambda: not fault()["active"], "the fault is over", 3)
+        wait_until(lambda: not fault()["active"], "the fault is over")
         assert not status()["mtp"]["fault"]
         assert (metric("faults_total"), metric("fault_active")) == (1, 0)
         events = [json.loads(line) for line in re.findall(r'\{"time": .*', front.log())]

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from serve.silence import MAX_GAP, Silence
 from serve.stages import WAITING, Stage
 from serve.supervisor import Limits, Supervisor
 from serve.watchdog import WatchConfig, Watchdog
-from tests.serve.front_process import QUICK, running_front, wait_until
+from tests.serve.front_process import QUICK, WAIT_S, running_front, wait_until
 
 KEY = Key("boot", None, ("0000:01:00.0", "0000:21:00.0"))
 ARMS = {"peer-push": "healthy", "peer-pull": "healthy", "host-pinned": "healthy"}
@@ -110,7 +111,7 @@ class Lives:
     async def until(self, condition):
         """Run until a condition holds, then stop."""
         tasks = [asyncio.create_task(part.run()) for part in (self.supervisor, self.watchdog)]
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(WAIT_S):
             while not condition():
                 await asyncio.sleep(0.01)
             self.supervisor.stop()
@@ -192,9 +193,11 @@ def test_three_starts_that_crash_are_enough_however_long_they_took(tmp_path):
 
 
 def test_an_engine_that_was_ready_in_between_forgives_the_starts_before(tmp_path):
-    plan = ["hang()", "hang()", "os.fork() or (time.sleep(0.5), os.kill(os.getppid(), 9)); serve()"]
-    plan += ["serve()"]
-    lives = Lives(tmp_path, plan, tiers=False)
+    def kill_the_third():
+        if lives.supervisor.num_lives == 3:
+            os.kill(lives.supervisor.pid, signal.SIGKILL)
+
+    lives = Lives(tmp_path, ["hang()", "hang()", "serve()"], tiers=False, on_ready=kill_the_third)
     lives.supervisor.limits = Limits(**QUICK | {"back_off_s": 0.01, "window_s": 0.1})
     asyncio.run(lives.until(lambda: lives.supervisor.ready and lives.supervisor.num_lives == 4))
     assert [end.in_start for end in lives.supervisor.ends] == [True, True, False]
@@ -307,7 +310,11 @@ def seen_at_work(folder, kinds, num_looks, serving=False):
         pids = {
             kind: stack.enter_context(session(code, folder / kind)) for kind, code in kinds.items()
         }
-        time.sleep(LOOK_S)  # their children have begun
+        for kind, code in kinds.items():
+            num_processes = 1 + code.count("os.fork()")
+            begun = functools.partial(has_processes, pids[kind], num_processes)
+            wait_until(begun, f"the processes of {kind}")
+        time.sleep(LOOK_S)  # their children have touched what they do
         for _ in range(num_looks):
             before = {kind: read_session(pid) for kind, pid in pids.items()}
             time.sleep(LOOK_S)
@@ -317,6 +324,10 @@ def seen_at_work(folder, kinds, num_looks, serving=False):
             if found == set(kinds):
                 break
     return found
+
+
+def has_processes(pid, num_processes):
+    return len(read_session(pid)) >= num_processes
 
 
 def test_work_without_a_line_is_a_sign(tmp_path):
@@ -352,13 +363,13 @@ def test_a_compiler_in_a_group_of_its_own_is_of_the_session(tmp_path):
     """As ninja's are."""
     code = "subprocess.Popen(['sleep', '60'], process_group=0); time.sleep(60)"
     with session(code, tmp_path / "s") as pid:
-        wait_until(lambda: len(read_session(pid)) == 2, "it runs")
-        time.sleep(LOOK_S)  # its program is that of its own
-        seen = read_session(pid)
-        assert sorted(counts.program.rpartition("/")[2] == "sleep" for counts in seen.values()) == [
-            False,
-            True,
-        ]
+
+        def both():
+            seen = read_session(pid)
+            programs = [counts.program.rpartition("/")[2] for counts in seen.values()]
+            return seen if len(seen) == 2 and programs.count("sleep") == 1 else None
+
+        seen = wait_until(both, "it runs its own program")
         for child, _ in seen:
             if child != pid:
                 os.kill(child, signal.SIGKILL)
@@ -385,7 +396,7 @@ def test_a_slow_start_serves_and_a_hung_one_shows_on_status_and_metrics(tmp_path
     watch = {"start_stall_timeout_s": 1.0, "start_step_timeout_s": 1.0}
     lives = [{"hangs": True}, {"compiles_s": 2.5}]
     with running_front(tmp_path, lives, watch=watch, probe=ARMS) as front:
-        wait_until(lambda: status(front)["engine"]["owes_progress_s"] > 0.5, "it owes progress")
+        wait_until(lambda: status(front)["engine"]["owes_progress_s"] > 0.2, "it owes progress")
         front.wait_until_ready()
         assert front.post(events=1)[0] == 200
         seen = status(front)

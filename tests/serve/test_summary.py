@@ -18,7 +18,7 @@ from bench.server import free_port
 from serve import summary
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 180
+TIMEOUT_S = 600
 
 
 def module(name: str, scheme: str, kernel: str, count: int) -> dict:

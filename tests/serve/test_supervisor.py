@@ -12,7 +12,7 @@ from pathlib import Path
 from serve import supervisor as supervisor_module
 from serve.stages import Stage
 from serve.supervisor import Supervisor
-from tests.serve.front_process import is_running, running_front, wait_until
+from tests.serve.front_process import WAIT_S, is_running, running_front, wait_until
 
 
 def test_it_answers_while_the_engine_loads(tmp_path):
@@ -53,7 +53,7 @@ def test_sigterm_lets_running_streams_finish_and_takes_no_new_work(tmp_path):
         assert "shutting down" in json.loads(body)["error"]["message"]
         with contextlib.closing(connection):
             assert response.read().endswith(b"data: [DONE]\n\n")
-        assert front.process.wait(10) == 0
+        assert front.process.wait(WAIT_S) == 0
         assert not is_running(front.lives[0])
 
 
@@ -81,10 +81,10 @@ def test_a_drain_under_load_loses_no_accepted_request(tmp_path):
         threads = [threading.Thread(target=ask_on, args=(front,)) for _ in range(16)]
         for thread in threads:
             thread.start()
-        time.sleep(0.5)
+        wait_until(lambda: len(outcomes) >= len(threads), "it is under load")
         assert front.terminate() == 0
         for thread in threads:
-            thread.join(10)
+            thread.join(WAIT_S)
     assert outcomes.count("200") >= 16
     assert set(outcomes) <= {"200", "503"}
 
@@ -94,7 +94,7 @@ def test_what_outlasts_the_grace_is_cut_with_an_error(tmp_path):
         front.wait_until_ready()
         connection, response = front.begin(events=1, end="hang")
         response.readline()
-        assert front.terminate(10) == 1
+        assert front.terminate() == 1
         with contextlib.closing(connection):
             assert b'"code": 503' in response.read()
         assert "1 request(s) cut off" in front.log()
@@ -107,9 +107,9 @@ def test_a_request_that_is_no_work_is_answered_before_the_end_too(tmp_path):
         job = {"prefill_steps": 60, "step_s": 0.05, "events": 1}
         asking = threading.Thread(target=lambda: got.append(front.ask("POST", "/tokenize", job)))
         asking.start()
-        time.sleep(0.3)
+        wait_until(lambda: front.num_begun, "the engine works on it")
         assert front.terminate() == 0
-        asking.join(10)
+        asking.join(WAIT_S)
         assert got[0][0] == 200
 
 
@@ -119,17 +119,17 @@ def test_what_an_engine_drops_that_ends_in_a_drain_is_counted(tmp_path):
         connection, response = front.begin(events=50, gap_s=0.1)
         drain(front)
         os.kill(front.lives[0], signal.SIGKILL)
-        assert front.process.wait(10) == 1
+        assert front.process.wait(WAIT_S) == 1
         with contextlib.closing(connection):
             assert b'"code": 503' in response.read()
 
 
 def test_a_second_sigterm_ends_now(tmp_path):
-    with running_front(tmp_path, [{}], shutdown_timeout=60) as front:
+    with running_front(tmp_path, [{}], shutdown_timeout=600) as front:
         front.wait_until_ready()
         connection, _ = front.begin(events=1, end="hang")
         drain(front)
-        assert front.terminate(10) == 1
+        assert front.terminate() == 1
         connection.close()
 
 
@@ -143,11 +143,9 @@ def test_an_engine_that_ignores_sigterm_is_killed(tmp_path):
 
 
 def test_sigterm_while_loading_ends_at_once(tmp_path):
-    with running_front(tmp_path, [{"load_s": 20}]) as front:
+    with running_front(tmp_path, [{"load_s": 600}]) as front:
         wait_until(lambda: front.lives, "the engine starts")
-        start = time.monotonic()
-        assert front.terminate() == 0
-        assert time.monotonic() - start < 5
+        assert front.terminate() == 0  # long before it has loaded
 
 
 def test_a_killed_engine_is_restarted_and_serves_again(tmp_path):
