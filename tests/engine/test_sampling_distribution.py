@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from tests.engine.engine import CHECKPOINT, ROOT, run_script
-from tests.engine.sampling_distribution import compare, detectable, settings
+from tests.engine.sampling_distribution import compare, detectable, score_beyond, settings
 from tiny import tokenizer
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -218,6 +218,17 @@ def test_the_comparison_keeps_its_level(plain):
         p.append(compare(sample[: COUNT // 2], sample[COUNT // 2 :], seed).p)
     assert sum(value <= 0.05 for value in p) <= 26
     assert sum(value <= 0.5 for value in p) >= 60
+
+
+@pytest.mark.parametrize(("relative", "low", "high"), [(0.0, -9, 0), (0.1, -9, 3), (0.4, 6, 99)])
+def test_so_much_as_arithmetic_explains_is_not_counted(relative, low, high):
+    """Of an eighth of each probability; no engine is asked."""
+    generator = np.random.default_rng(1)
+    moved = 1 + relative / 2 * np.where(np.arange(8) % 2, 1, -1)
+    likely = np.array([0.3, 0.2, 0.15, 0.1, 0.08, 0.07, 0.05, 0.05])
+    both = [likely * way / (likely * way).sum() for way in (moved, 2 - moved)]
+    a, b = (generator.choice(8, 4000, p=p)[:, None] for p in both)
+    assert low < score_beyond(compare(a, b), (4000, 4000), 0.125) < high
 
 
 def test_a_seed_repeats_the_text(drafted):
