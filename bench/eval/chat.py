@@ -18,6 +18,12 @@ from bench.load.stream import Stream
 BUSY = ("HTTP 429", "HTTP 503")
 BUSY_TRIES = 6
 BUSY_WAIT_S = 1.0
+# vLLM's finish reasons of an answer that is not whole; a stream with one of them ends as any other.
+ENDED_BY_SERVER = ("abort", "error")
+CUT_OFF = {
+    "length": "cut off at the limit of tokens",
+    "repetition": "cut off where it repeated itself",
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,13 @@ class Answer:
     output_tokens: int | None
     wall_s: float
     error: str | None = None
+
+    @property
+    def failure(self) -> str | None:
+        """Why it is none, or only a part of one that the server did not finish."""
+        if self.error is None and self.finish_reason in ENDED_BY_SERVER:
+            return f"the server ended the answer: finish_reason {self.finish_reason}"
+        return self.error
 
 
 class TextStream(Stream):

@@ -81,7 +81,8 @@ def _add_run(command: argparse.ArgumentParser) -> None:
     add("--sandbox-image", help="for programs where there is no bubblewrap, e.g. python:3.11-slim")
     add("--label", help="a name for tables")
     add("--result", type=Path, metavar="JSON", help="default: a new file in results/")
-    add("--resume", type=Path, metavar="JSONL", help="go on with a run that was cut short")
+    add("--resume", type=Path, metavar="JSONL",
+        help="go on with a run that was cut short; ask what failed again")  # fmt: skip
     add("--base", type=Path, metavar="JSON", help="an earlier result: compare with it")
     add("--engine", choices=("own", "lm-eval"), default="own")
     command.set_defaults(call=_run)
@@ -111,6 +112,13 @@ def _add_parity(command: argparse.ArgumentParser) -> None:
 def _add_compare(command: argparse.ArgumentParser) -> None:
     command.add_argument("base", type=Path)
     command.add_argument("candidate", type=Path)
+    command.add_argument(
+        "--tasks",
+        type=_tasks,
+        default=(),
+        metavar="NAME[,NAME]",
+        help="default: all of the base; one that is missing is exit status 1",
+    )
     command.add_argument("--json", action="store_true", help="for other programs")
     command.set_defaults(call=_compare)
 
@@ -135,7 +143,7 @@ def _run(arguments: argparse.Namespace) -> int:
         lm_eval.run(config, facts, output, api_key)
         return 0
     scored = run_module.run(config, output, api_key, arguments.resume)
-    return 0 if base is None else _compared(base, scored, as_json=False)
+    return 0 if base is None else _compared(base, scored, arguments.tasks, as_json=False)
 
 
 def _parity(arguments: argparse.Namespace) -> int:
@@ -157,15 +165,17 @@ def _parity(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     base, head = result.read(arguments.base), result.read(arguments.candidate)
-    return _compared(base, head, arguments.json)
+    return _compared(base, head, arguments.tasks, arguments.json)
 
 
-def _compared(base: dict, head: dict, as_json: bool) -> int:
-    pairs = compare.compare(base, head)
+def _compared(base: dict, head: dict, chosen: tuple[TaskName, ...], as_json: bool) -> int:
+    pairs = compare.compare(base, head, chosen)
+    missing = compare.unpaired(base, head, chosen)
     if as_json:
-        print(json.dumps([pair.to_json() for pair in pairs], indent=2))
+        others = [{"task": name, "verdict": where} for name, where in missing.items()]
+        print(json.dumps([pair.to_json() for pair in pairs] + others, indent=2))
     else:
-        print(compare.render(pairs))
+        print(compare.render(pairs, missing))
         for note in compare.notes(base, head):
             print(f"note: {note}")
     if void := [pair.task for pair in pairs if not pair.valid]:
@@ -174,6 +184,9 @@ def _compared(base: dict, head: dict, as_json: bool) -> int:
     if lost:
         named = ", ".join(f"{p.task} by {100 * (p.base - p.head):.1f} points" for p in lost)
         raise Regression(f"accuracy was lost: {named}")
+    if missing:
+        named = ", ".join(f"{name} is {where}" for name, where in missing.items())
+        raise Unbelievable(f"not compared: {named}; choose with --tasks what is to be compared")
     return 0
 
 

@@ -6,6 +6,7 @@ so many items is said beside it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,11 +19,16 @@ HEAD = ["task", "n", "base", "candidate", "difference", "lost / gained", "p (McN
         "cannot see a loss below", "verdict"]  # fmt: skip
 # What two runs of one model flip each way is not known below some discordant pairs.
 LEAST_CHURN = 0.005
+LOSS = "LOSS"
 
 
 @dataclass(frozen=True)
 class Paired:
-    """One task. lost: right in base only; gained: right in the candidate only."""
+    """One task. lost: right in base only; gained: right in the candidate only.
+
+    num_unanswered: items that one of the two, or both, gave no answer to; they count as not right.
+    answered_verdict: of the other items alone.
+    """
 
     task: str
     n: int
@@ -34,39 +40,63 @@ class Paired:
     churn: float
     detectable_loss: float | None
     valid: bool
+    num_unanswered: int
+    answered_verdict: str
 
     @property
     def is_loss(self) -> bool:
         """Whether the candidate is worse beyond chance."""
-        return self.lost > self.gained and self.p < stats.ALPHA
+        return _verdict(self.lost, self.gained) == LOSS
 
     @property
     def verdict(self) -> str:
         """In words that claim no more than the test does."""
-        if not self.valid:
-            return "not valid"
-        if self.is_loss:
-            return "LOSS"
-        if self.p < stats.ALPHA:
-            return "gain"
-        return "no loss shown"
+        return _verdict(self.lost, self.gained) if self.valid else "not valid"
+
+    @property
+    def told(self) -> str:
+        """The verdict, and what becomes of it without the unanswered items where that differs."""
+        if not self.valid or self.answered_verdict == self.verdict:
+            return self.verdict
+        return f"{self.verdict} ({self.answered_verdict} without {self.num_unanswered} unanswered)"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self) | {"verdict": self.verdict}
 
 
-def compare(base: dict[str, Any], head: dict[str, Any]) -> list[Paired]:
-    """Every task that both results have.
+def compare(base: dict[str, Any], head: dict[str, Any], chosen: Sequence[str] = ()) -> list[Paired]:
+    """Every task that both results have; of these the chosen ones, if any are.
 
     Raises:
         LoadError: none, or a task's items are not the same.
     """
     heads = {entry["task"]: entry for entry in head["tasks"]}
-    both = [(entry, heads[entry["task"]]) for entry in base["tasks"] if entry["task"] in heads]
+    both = [
+        (entry, heads[entry["task"]])
+        for entry in base["tasks"]
+        if entry["task"] in heads and (not chosen or entry["task"] in chosen)
+    ]
     if not both:
         raise LoadError("the results share no task")
     return [_paired(a, b) for a, b in both]
+
+
+def unpaired(
+    base: dict[str, Any], head: dict[str, Any], chosen: Sequence[str] = ()
+) -> dict[str, str]:
+    """Tasks that should have been compared and could not be, each with where it is.
+
+    Those are the chosen ones; without a choice, what the base has.
+    """
+    in_base, in_head = ([entry["task"] for entry in one["tasks"]] for one in (base, head))
+    found = {}
+    for name in chosen or in_base:
+        if name in in_base and name not in in_head:
+            found[name] = "only in the base"
+        elif name not in in_base:
+            found[name] = "not in the base"
+    return found
 
 
 def notes(base: dict[str, Any], head: dict[str, Any]) -> list[str]:
@@ -82,18 +112,19 @@ def notes(base: dict[str, Any], head: dict[str, Any]) -> list[str]:
     return found
 
 
-def render(pairs: list[Paired]) -> str:
-    """The table."""
+def render(pairs: list[Paired], missing: dict[str, str]) -> str:
+    """The table; the tasks of `unpaired` are rows too."""
     rows = [
         [
             pair.task, f"{pair.n:,}", f"{pair.base:.1%}", f"{pair.head:.1%}",
             f"{100 * (pair.head - pair.base):+.1f} points", f"{pair.lost} / {pair.gained}",
             f"{pair.p:.3g}",
             "-" if pair.detectable_loss is None else f"{100 * pair.detectable_loss:.1f} points",
-            pair.verdict,
+            pair.told,
         ]
         for pair in pairs
     ]  # fmt: skip
+    rows += [[name, *["-"] * (len(HEAD) - 2), where] for name, where in missing.items()]
     return table(HEAD, rows)
 
 
@@ -107,8 +138,8 @@ def _paired(base: dict[str, Any], head: dict[str, Any]) -> Paired:
             f"{head['data']['source']}, {len(common)} in common of {len(a)} and {len(b)}"
         )
     right = Verdict.CORRECT.value
-    lost = sum(a[name] == right != b[name] for name in common)
-    gained = sum(b[name] == right != a[name] for name in common)
+    lost, gained = _discordant(a, b, common)
+    answered = [n for n in common if Verdict(a[n]).is_answered and Verdict(b[n]).is_answered]
     n = len(common)
     churn = max(LEAST_CHURN, min(lost, gained) / n)
     return Paired(
@@ -122,7 +153,22 @@ def _paired(base: dict[str, Any], head: dict[str, Any]) -> Paired:
         churn=churn,
         detectable_loss=stats.detectable_loss(n, churn),
         valid=not base["problems"] and not head["problems"],
+        num_unanswered=n - len(answered),
+        answered_verdict=_verdict(*_discordant(a, b, answered)),
     )
+
+
+def _discordant(a: dict[str, str], b: dict[str, str], names: Sequence[str]) -> tuple[int, int]:
+    """How many items only a got right, and only b."""
+    right = Verdict.CORRECT.value
+    lost = sum(a[name] == right != b[name] for name in names)
+    return lost, sum(b[name] == right != a[name] for name in names)
+
+
+def _verdict(lost: int, gained: int) -> str:
+    if stats.mcnemar(lost, gained) >= stats.ALPHA:
+        return "no loss shown"
+    return LOSS if lost > gained else "gain"
 
 
 def _is_part(base: dict[str, Any], head: dict[str, Any], common: list[str]) -> bool:

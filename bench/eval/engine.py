@@ -75,17 +75,17 @@ async def _asked(
     most = item.max_tokens or config.answer_tokens(window)
     body = chat.request_body(model, item.messages, most, config)
     answer = await chat.ask(server.session, server.url, body)
-    if answer.error and not await server.is_up():
-        raise ServerUnusable(f"the server went away: {answer.error}")
+    if answer.failure and not await server.is_up():
+        raise ServerUnusable(f"the server went away: {answer.failure}")
     return record(task, item, answer, await judge(task, item, answer))
 
 
 async def judge(task: Task, item: Item, answer: Answer) -> Judged:
     """The verdict. An answer that was cut off, or never came, is not looked into."""
-    if answer.error:
-        return Judged(Verdict.FAILED, None, answer.error)
-    if answer.finish_reason == "length":
-        return Judged(Verdict.TRUNCATED, None, "cut off at the limit of tokens")
+    if answer.failure:
+        return Judged(Verdict.FAILED, None, answer.failure)
+    if answer.finish_reason in chat.CUT_OFF:
+        return Judged(Verdict.TRUNCATED, None, chat.CUT_OFF[answer.finish_reason])
     return await task.score(item, answer.text)
 
 

@@ -120,6 +120,12 @@ def _extract(
 _MACRO = re.compile(
     r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|mbox|operatorname|rm)\s*\{([^{}]*)\}"
 )
+# A sign apart from its number, or in words. Elsewhere it is a subtraction, a bullet or a dash.
+_APART = re.compile(
+    r"((?:[=≈:({]|####|\\approx\b|\b(?:is|be|equals)\b)[ \t*]*)"
+    r"(?:-|\b(?:minus|negative)\b)[ \t]+(?=[\d.])",
+    re.I,
+)
 _FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
 
 
@@ -138,7 +144,8 @@ def _plain(text: str) -> str:
     text = re.sub(r"\\(?:left|right|displaystyle|quad|qquad|[,;:! ()\[\]])", " ", text)
     text = re.sub(r"\\(?=[$%#&_])", "", text)
     # A sign of currency and the mark of inline mathematics are the same character.
-    return re.sub(r"[$€£¥`]", "", text).strip()
+    text = re.sub(r"[$€£¥`]", "", text)
+    return _APART.sub(r"\1-", text).strip()
 
 
 # ---- explicit marks, the last one first ----
@@ -197,6 +204,7 @@ _NUMBER = re.compile(
 )
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9,
            "trillion": 10**12}  # fmt: skip
+_REASON = re.compile(r"\b(?:because|since)\b", re.I)
 _RESULT = re.compile(r"=|≈|\\approx|\bwhich is\b|\bequals\b|\bi\.e\.")
 
 
@@ -217,7 +225,13 @@ def _value(found: re.Match[str]) -> str:
 
 
 def _number_in(clause: str) -> str | None:
-    """The first number after the last sign of a result, else the first at all."""
+    """The first number after the last sign of a result, else the first at all.
+
+    Where one number stands before the reason for it, it is that.
+    """
+    said = _REASON.split(clause)[0]
+    if len(_NUMBER.findall(said)) == 1:
+        clause = said
     pieces = [p for p in _RESULT.split(clause) if _NUMBER.search(p)]
     if not pieces:
         return None
@@ -261,11 +275,16 @@ class _Letters:
         self._line = re.compile(rf"^\s*\(?([{letters}])(?:[).:](?:\s|$)|\s*$)", re.M)
         self._named = re.compile(rf"\b(?:[Oo]ption|[Cc]hoice)\s*\(?([{letters}])\b")
         self._bracketed = re.compile(rf"(?<!\w)\(([{letters}])\)")
+        either = rf"[{letters.upper()}{letters.lower()}]"
+        self._bracket = re.compile(rf"\b({either})\)")
+        self._begins = re.compile(
+            rf"\W*({either})\)(?!\s*(?:or|and|is|isn't|was|are|can|cannot|can't|does|has)\b)"
+        )
         self._alone = re.compile(rf"\W*([{letters.upper()}{letters.lower()}])\W*")
 
     def marked(self, clause: str) -> str | None:
         """The letter that a clause chooses."""
-        if alone := self._alone.fullmatch(clause):
+        if alone := self._alone.fullmatch(clause) or self._begun(clause):
             return alone[1].upper()
         found = list(self._one.finditer(clause))
         if not found:
@@ -279,11 +298,17 @@ class _Letters:
                 raise _HedgeError
         return chosen[0]
 
+    def _begun(self, text: str) -> re.Match[str] | None:
+        """A beginning as "b) ocean", where no other letter has a bracket."""
+        return self._begins.match(text) if len(self._bracket.findall(text)) == 1 else None
+
     def last_resort(self, text: str) -> Extraction:
         """A text that is a letter, a last line that begins with one, a last "option B"."""
         if alone := self._alone.fullmatch(text):
             return Extraction(alone[1].upper(), "only a letter")
         lines = [line for line in text.splitlines() if line.strip()]
+        if len(lines) == 1 and (begun := self._begun(text)):
+            return Extraction(begun[1].upper(), "line")
         starts = [m[1] for line in lines if (m := self._line.match(line))]
         # Lines that begin with several letters repeat the options.
         if lines and starts and len(set(starts)) == 1:

@@ -54,7 +54,7 @@ def verdicts(result: dict[str, Any]) -> tuple[str, str]:
         )
         for name in names
     ]
-    title = "Answers that could not be judged, % (above 5 % a score is not valid)"
+    title = "Answers that could not be judged, % (together above 5 % a score is not valid)"
     return title, chart(title, "task", "share, %", series)
 
 

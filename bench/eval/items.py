@@ -36,8 +36,13 @@ class Verdict(StrEnum):
     WRONG = "wrong"
     INVALID = "invalid"  # no answer, or several, could be read
     REFUSED = "refused"  # the text declines; counts as invalid
-    TRUNCATED = "truncated"  # the limit of tokens came first: whatever it holds is no answer
-    FAILED = "failed"  # no answer from the server
+    TRUNCATED = "truncated"  # cut off before its end: whatever it holds is no answer
+    FAILED = "failed"  # no answer from the server, or one that it gave up
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether there was an answer to judge."""
+        return self in (Verdict.CORRECT, Verdict.WRONG)
 
 
 @dataclass(frozen=True)

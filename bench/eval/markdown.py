@@ -8,9 +8,9 @@ from bench.load.markdown import number, provenance_line, table
 
 NOTE = (
     "Score: share of all items asked that were right; in brackets Wilson's 95 % interval. Invalid: "
-    "no answer, or several, could be read, or it was declined. Truncated: cut off at the limit of "
-    "tokens, whatever it holds. Cannot see: a loss below this is found in less than 80 % of paired "
-    "comparisons of this many items (exact McNemar test, 2 % of the items flip back)."
+    "no answer, or several, could be read, or it was declined. Truncated: cut off, mostly at the "
+    "limit of tokens, whatever it holds. Cannot see: a loss below this is found in less than 80 % "
+    "of paired comparisons of this many items (exact McNemar test, 2 % of the items flip back)."
 )
 HEAD = ["task", "n", "score", "invalid", "truncated", "failed", "mean output tokens",
         "cannot see a loss below"]  # fmt: skip

@@ -16,6 +16,7 @@ from typing import Any
 from bench.client import Choices, Client, RequestError
 from bench.eval import sources
 from bench.load import corpus
+from bench.load.counters import Counters
 from bench.load.errors import LoadError, ServerUnusable
 from bench.load.progress import duration, say
 from bench.load.run import session
@@ -74,10 +75,12 @@ async def ask_control(
 
     Raises:
         ServerUnusable: a request failed.
-        LoadError: the server drafts.
+        LoadError: the server drafts, or does not tell whether it does.
     """
     async with session(timeout_s, api_key) as opened:
-        facts = await Server(opened, url).facts(None)
+        server = Server(opened, url)
+        facts = await server.facts(None)
+        _refuse_drafting(url, await server.counters())
         client = Client(opened, url)
 
         async def ask(prompt: Prompt) -> Choices:
@@ -86,24 +89,27 @@ async def ask_control(
         base, again = [
             await _ask(f"no MTP, {count} at once", prompts, count, ask) for count in streams
         ]
-        counters = await Server(opened, url).counters()
-        if counters.num_drafts:
-            raise LoadError(f"{url}: must be without MTP; it has {counters.num_drafts} drafts")
+        _refuse_drafting(url, await server.counters())
     return Control(facts, tuple(base), tuple(again))
 
 
 async def ask_speculative(
     url: str, prompts: Sequence[Prompt], max_tokens: int, streams: int, timeout_s: float,
-    api_key: str | None = None,
+    api_key: str | None = None, control: ServerFacts | None = None,
 ) -> Speculative:  # fmt: skip
     """The run with MTP, asked as users ask: streamed, without log-probabilities.
 
+    Args:
+        control: of the server without MTP; this one must have the same model.
     Raises:
         ServerUnusable: a request failed, or the server sends no token ids.
+        LoadError: it serves another model, window or checkpoint than the control.
     """
     async with session(timeout_s, api_key) as opened:
         server = Server(opened, url)
         facts = await server.facts(None)
+        if control is not None:
+            _refuse_another(url, facts, control)
         client = Client(opened, url)
 
         async def ask(prompt: Prompt) -> tuple[int, ...]:
@@ -116,6 +122,25 @@ async def ask_speculative(
         ids = await _ask(f"MTP, {streams} at once", prompts, streams, ask)
         moved = (await server.counters()).since(before)
     return Speculative(facts, tuple(ids), moved.num_drafts, moved.num_accepted_tokens)
+
+
+def _refuse_drafting(url: str, counters: Counters) -> None:
+    if counters == Counters():
+        raise LoadError(f"{url}: must be without MTP; its /metrics has no counters to tell that by")
+    if counters.num_drafts:
+        raise LoadError(f"{url}: must be without MTP; it has {counters.num_drafts} drafts")
+
+
+def _refuse_another(url: str, facts: ServerFacts, control: ServerFacts) -> None:
+    here, there = facts.to_json(), control.to_json()
+    differing = [
+        f"{name} {here[name]}, not {there[name]}"
+        for name in ("model", "window", "checkpoint")
+        if here[name] != there[name]
+    ]
+    if differing:
+        raise LoadError(f"{url}: must be the server without MTP but for MTP: "
+                        + "; ".join(differing))  # fmt: skip
 
 
 async def _ask(

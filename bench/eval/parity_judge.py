@@ -120,6 +120,11 @@ def judge(prompts: Sequence[Prompt], control: Control, speculative: Speculative)
         problems[-1] += ": " + ", ".join(_place(p) for p in _clear(drafted, limit)[:3])
     if not speculative.num_drafts:
         problems.append("the server with MTP drafted nothing: this says nothing about MTP")
+    elif not speculative.num_accepted_tokens:
+        problems.append(
+            f"none of {speculative.num_drafts} drafts was accepted: a head that is never right "
+            "says nothing about MTP"
+        )
     return {
         "n": n,
         "alpha": ALPHA,

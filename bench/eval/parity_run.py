@@ -96,7 +96,13 @@ def run(
     with _serving(config, "mtp", config.on_url, tokens, output, start) as url:
         speculative = asyncio.run(
             parity.ask_speculative(
-                url, prompts, config.max_tokens, config.streams, config.timeout_s, api_key
+                url,
+                prompts,
+                config.max_tokens,
+                config.streams,
+                config.timeout_s,
+                api_key,
+                control.facts,
             )
         )
     found = assemble(config, prompts, control, speculative, where)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import textwrap
+import warnings
 from dataclasses import dataclass
 
 from bench.eval.extract import final_text
@@ -38,7 +39,7 @@ def program(text: str, prompt: str, entry_point: str) -> Program:
     for block in reversed(blocks):
         block = textwrap.dedent(block)
         if _defines(block, entry_point):
-            return Program(_head(prompt, entry_point) + block, "block")
+            return Program(_behind_head(block, prompt, entry_point), "block")
     for block in reversed(blocks):
         if (source := _as_body(block, prompt, entry_point)) is not None:
             return Program(source, "body in a block")
@@ -47,7 +48,7 @@ def program(text: str, prompt: str, entry_point: str) -> Program:
     if re.search(rf"^[ \t]*(?:async )?def {re.escape(entry_point)}\b", kept, re.M):
         source = _without_prose(kept, entry_point)
         if source is not None:
-            return Program(_head(prompt, entry_point) + source, "bare program")
+            return Program(_behind_head(source, prompt, entry_point), "bare program")
     if (source := _as_body(kept, prompt, entry_point)) is not None:
         return Program(source, "bare body")
     return Program(None, "no program")
@@ -58,7 +59,8 @@ def parses(source: str | None) -> bool:
     if source is None:
         return False
     try:
-        ast.parse(source)
+        with warnings.catch_warnings(action="ignore"):
+            compile(source, "answer.py", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     return True
@@ -83,6 +85,21 @@ def _head(prompt: str, entry_point: str) -> str:
     """The prompt up to the function's head: imports and helpers."""
     found = list(re.finditer(rf"^def {re.escape(entry_point)}\b", prompt, re.M))
     return prompt[: found[-1].start()] if found else ""
+
+
+def _behind_head(source: str, prompt: str, entry_point: str) -> str:
+    """The head, then the program; Python wants imports from `__future__` before both."""
+    head = _head(prompt, entry_point)
+    if not head.strip() or not parses(source):
+        return head + source
+    future = [
+        node.end_lineno or 0
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ImportFrom) and node.module == "__future__"
+    ]
+    lines = source.split("\n")
+    first, rest = lines[: max(future, default=0)], lines[max(future, default=0) :]
+    return "\n".join([*first, head + "\n".join(rest)])
 
 
 def _as_body(text: str, prompt: str, entry_point: str) -> str | None:

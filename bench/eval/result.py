@@ -9,6 +9,7 @@ from typing import Any
 from bench.eval import summary
 from bench.eval.config import EvalConfig, to_json
 from bench.eval.engine import ItemJournal
+from bench.eval.items import Verdict
 from bench.eval.tasks import Task
 from bench.load import result as load_result
 
@@ -39,6 +40,11 @@ def assemble(config: EvalConfig, tasks: Sequence[Task], journal: ItemJournal) ->
 def problems(result: dict[str, Any]) -> list[str]:
     """Every task's problems, with its name."""
     return [f"{entry['task']}: {p}" for entry in result["tasks"] for p in entry["problems"]]
+
+
+def num_failed(result: dict[str, Any]) -> int:
+    """Items that the server gave no answer to; a resumed run asks them again."""
+    return sum(entry["verdicts"][Verdict.FAILED.value] for entry in result["tasks"])
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

@@ -55,6 +55,9 @@ def run(
 ) -> dict[str, Any]:
     """Score, write the result with its Markdown and HTML, print the table.
 
+    A resumed run may take the place of a result in which items failed: it has the same answers,
+    and asks those items again.
+
     Raises:
         LoadError: bad input, no data, no sandbox, no server; the journal stays.
         Unbelievable: the result is written, and a score is not valid.
@@ -65,7 +68,7 @@ def run(
         config = _resumed_config(journal, config)
         output = resume.with_name(resume.name.removesuffix(".items.jsonl") + ".json")
     files = Files(output)
-    if output.exists():
+    if output.exists() and not (journal and result.num_failed(result.read(output))):
         raise LoadError(f"{output}: exists; a result is written once")
     if journal is None and files.journal.exists():
         raise LoadError(f"{files.journal}: exists; go on with --resume, or remove it")
@@ -74,11 +77,12 @@ def run(
     except BaseException as error:
         if files.journal.exists():
             kept = len(ItemJournal.load(files.journal).done)
-            say(f"{kept} items are kept; go on with: "
-                f"python -m bench eval --resume {files.journal}")  # fmt: skip
+            say(f"{kept} items are kept; go on with: {_resuming(files)}")
         if isinstance(error, asyncio.CancelledError):
             raise KeyboardInterrupt from error
         raise
+    if journal is not None:
+        output.unlink(missing_ok=True)
     finish(scored, files)
     return scored
 
@@ -125,9 +129,15 @@ def finish(scored: dict[str, Any], files: Files) -> None:
     files.output.with_suffix(".html").write_text(html.render(scored), encoding="utf-8")
     print(text)
     say(f"{files.output} written, .md, .html and {files.journal.name} beside it")
+    if failed := result.num_failed(scored):
+        say(f"{failed} items failed; ask them again with: {_resuming(files)}")
     found = result.problems(scored)
     if found:
         raise Unbelievable("not valid: " + "; ".join(found))
+
+
+def _resuming(files: Files) -> str:
+    return f"python -m bench eval --resume {files.journal}"
 
 
 async def _make(

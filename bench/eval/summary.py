@@ -12,7 +12,8 @@ from bench.eval.engine import Record
 from bench.eval.items import Verdict
 from bench.eval.tasks import Task
 
-# Above it, what was measured is the harness or the limit of tokens, not the model.
+# Of items without an answer, invalid and truncated together. Above it, what was measured is the
+# harness or the limit of tokens, not the model.
 MOST_SHARE = 0.05
 
 
@@ -41,7 +42,7 @@ def summarize(task: Task, records: dict[tuple[str, str], Record]) -> dict[str, A
         "interval": list(interval) if interval else None,
         "verdicts": {v.value: verdicts[v.value] for v in Verdict},
         "shares": shares,
-        "problems": problems(n, len(task.items), shares),
+        "problems": problems(n, len(task.items), verdicts),
         "detectable_loss": stats.detectable_loss(n),
         "mean_output_tokens": statistics.fmean(tokens) if tokens else None,
         "syntactic_share": _share(sum(r["parses"] for r in runs), n) if runs else None,
@@ -52,15 +53,20 @@ def summarize(task: Task, records: dict[tuple[str, str], Record]) -> dict[str, A
     }
 
 
-def problems(n: int, planned: int, shares: dict[str, float | None]) -> list[str]:
+def problems(n: int, planned: int, verdicts: Counter[str]) -> list[str]:
     """Why the score is not valid; empty where it is."""
     found = []
-    for name in ("invalid", "truncated"):
-        share = shares[name]
-        if share is not None and share > MOST_SHARE:
-            found.append(f"{share:.1%} {name}, more than {MOST_SHARE:.0%}")
-    if shares["failed"]:
-        found.append(f"{shares['failed']:.1%} of the requests failed")
+    truncated = verdicts[Verdict.TRUNCATED.value]
+    invalid = verdicts[Verdict.INVALID.value] + verdicts[Verdict.REFUSED.value]
+    if truncated + invalid > MOST_SHARE * n:
+        named = [
+            f"{count / n:.1%} {name}"
+            for name, count in (("invalid", invalid), ("truncated", truncated))
+            if count
+        ]
+        found.append(f"{' and '.join(named)}, more than {MOST_SHARE:.0%}")
+    if failed := verdicts[Verdict.FAILED.value]:
+        found.append(f"{failed / n:.1%} of the requests failed")
     if n < planned:
         found.append(f"{n} of {planned} items were asked")
     return found

@@ -12,8 +12,8 @@ DATA = {"source": "file own.jsonl", "licence": "own", "sha256": "ab" * 32}
 
 
 def task(verdicts: str, items_sha256: str = "same", data: dict = DATA, problems=(), start=0):
-    """A task's entry; of the verdicts `+` is right, `-` wrong, `t` truncated."""
-    names = {"+": "correct", "-": "wrong", "t": "truncated"}
+    """A task's entry; of the verdicts `+` is right, `-` wrong, `t` truncated, `i` invalid."""
+    names = {"+": "correct", "-": "wrong", "t": "truncated", "i": "invalid"}
     items = [[f"item-{i}", names[v]] for i, v in enumerate(verdicts, start)]
     return {"task": "mini-math", "n": len(items), "items": items, "items_sha256": items_sha256,
             "data": data, "problems": list(problems)}  # fmt: skip
@@ -62,6 +62,28 @@ def test_the_same_scores_differ_where_other_items_are_right():
     assert churned.base - churned.head == pytest.approx(0.02)
 
 
+@pytest.mark.parametrize(
+    ("base", "head", "verdict", "told"),
+    [
+        ("+" * 100, "t" * 3 + "i" * 3 + "+" * 94, "LOSS",
+         "LOSS (no loss shown without 6 unanswered)"),
+        ("+" * 94 + "t" * 6, "-" * 6 + "+" * 94, "no loss shown",
+         "no loss shown (LOSS without 6 unanswered)"),
+        ("+" * 100, "t" + "-" * 6 + "+" * 93, "LOSS", "LOSS"),
+    ],
+    ids=["a loss", "a loss that is hidden", "no other verdict"],
+)  # fmt: skip
+def test_a_verdict_that_hangs_on_unanswered_items_is_named(base, head, verdict, told):
+    """They count as not right; that there was no answer may be the harness's doing."""
+    found = paired(task(base), task(head))
+    assert (found.verdict, found.told) == (verdict, told)
+    assert told in compare.render([found], {})
+    assert found.to_json()["answered_verdict"] in (
+        told,
+        told.partition(" (")[2].split(" without")[0],
+    )
+
+
 def test_what_it_cannot_see_follows_from_the_items_and_their_churn():
     calm = paired(task("+" * 100), task("+" * 100))
     assert calm.churn == compare.LEAST_CHURN
@@ -104,6 +126,54 @@ def test_results_without_a_common_task_are_refused():
         compare.compare(result(task("+")), result(task("+") | {"task": "mmlu"}))
 
 
+BOTH, ONE = [task("+"), task("+") | {"task": "mmlu"}], [task("+")]
+
+
+@pytest.mark.parametrize(
+    ("base", "head", "chosen", "missing"),
+    [
+        (BOTH, ONE, (), {"mmlu": "only in the base"}),
+        (ONE, BOTH, (), {}),
+        (BOTH, ONE, ("mini-math",), {}),
+        (BOTH, ONE, ("mini-math", "mmlu"), {"mmlu": "only in the base"}),
+        (ONE, BOTH, ("mini-math", "mmlu"), {"mmlu": "not in the base"}),
+    ],
+)
+def test_a_task_that_is_missing_is_named_unless_the_tasks_were_chosen_so(
+    tmp_path, capsys, monkeypatch, base, head, chosen, missing
+):
+    arguments = ["--tasks", ",".join(chosen)] if chosen else []
+    status, out, err = compared(tmp_path, capsys, monkeypatch, result(*base), result(*head),
+                                *arguments)  # fmt: skip
+    assert status == (1 if missing else 0)
+    for name, where in missing.items():
+        (row,) = [line for line in out.splitlines() if name in line]
+        assert where in row
+        assert f"not compared: {name} is {where}" in err
+    assert out.count("mmlu") == len(missing)
+    status, out, _ = compared(tmp_path, capsys, monkeypatch, result(*base), result(*head),
+                              *arguments, "--json")  # fmt: skip
+    assert status == (1 if missing else 0)
+    told = {entry["task"]: entry["verdict"] for entry in json.loads(out)}
+    assert told == {"mini-math": "no loss shown"} | missing
+
+
+def test_of_chosen_tasks_only_these_are_compared():
+    base, head = result(*BOTH), result(*BOTH)
+    assert [pair.task for pair in compare.compare(base, head, ("mmlu",))] == ["mmlu"]
+
+
+def compared(tmp_path, capsys, monkeypatch, base: dict, head: dict, *arguments):
+    """Exit status, stdout and stderr of the command."""
+    paths = [tmp_path / "base.json", tmp_path / "head.json"]
+    for path, one in zip(paths, (base, head), strict=True):
+        path.write_text(json.dumps(one))
+    # What of a result is read here has no need of the rest of its schema.
+    monkeypatch.setattr("bench.eval.result.read", lambda path: json.loads(path.read_text()))
+    status = main(["compare", *map(str, paths), *arguments])
+    return status, *capsys.readouterr()
+
+
 def test_what_differs_between_the_runs_is_named():
     head = result(task("+"), reasoning="on", streams=8)
     head["server"] = {"version": "0.33.0"}
@@ -127,15 +197,12 @@ def test_what_differs_between_the_runs_is_named():
 def test_the_exit_status_says_whether_accuracy_was_lost(
     tmp_path, capsys, monkeypatch, head, status, says
 ):
-    paths = [tmp_path / "base.json", tmp_path / "head.json"]
-    for path, entry in zip(paths, (task("+" * 20), head), strict=True):
-        path.write_text(json.dumps(result(entry)))
-    # What of a result is read here has no need of the rest of its schema.
-    monkeypatch.setattr("bench.eval.result.read", lambda path: json.loads(path.read_text()))
-    assert main(["compare", *map(str, paths)]) == status
-    out, err = capsys.readouterr()
+    results = result(task("+" * 20)), result(head)
+    found, out, err = compared(tmp_path, capsys, monkeypatch, *results)
+    assert found == status
     assert "mini-math" in out
     assert says in err
     assert bool(err) == bool(status)
-    assert main(["compare", *map(str, paths), "--json"]) == status
-    assert json.loads(capsys.readouterr().out)[0]["n"] == 20
+    found, out, _ = compared(tmp_path, capsys, monkeypatch, *results, "--json")
+    assert found == status
+    assert json.loads(out)[0]["n"] == 20

@@ -55,6 +55,9 @@ def test_the_figures_are_those_of_the_code():
     assert f"show a loss of {seen[1319]} points" in WORDS
     assert f"one of {seen[164]}, 1,000 of MMLU one of {seen[1000]}" in WORDS
     assert f"above {summary.MOST_SHARE:.0%}".replace("%", " %") in WORDS
+    assert f"in at most {100 * stats.ALPHA / 2:g} % of comparisons, one-sided" in WORDS
+    several = [f"{100 * k * stats.ALPHA / 2:g} %" for k in (4, 5)]
+    assert f"{several[0]} of comparisons over the four default tasks, {several[1]} over" in WORDS
     assert f"p <= {parity_judge.ALPHA} in either" in WORDS
     assert f"{100 * parity_judge.QUANTILE:g} % of the gaps" in WORDS
     assert f"not among its {parity.BEST} best" in WORDS

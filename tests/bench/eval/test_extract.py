@@ -1,5 +1,6 @@
 """Extraction on answer texts that were labelled by hand."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,34 @@ def test_numbers_are_compared_exactly():
     assert not extract.same_number("3333/10000", "1/3")
     assert extract.same_number("18", "18.00")
     assert not extract.same_number(None, "0")
+
+
+def test_imports_from_the_future_stand_before_the_prompts():
+    """Behind what comes from the prompt they are a SyntaxError. A docstring may precede them."""
+    answer = (
+        '"""Sums."""\nfrom __future__ import annotations\n\n\ndef total(n):\n    return sum(n)\n'
+    )
+    for text in (f"```python\n{answer}```", answer):
+        found = programs.program(text, PROMPT, "total")
+        assert "List" in found.source
+        assert programs.parses(found.source)
+        assert right(found.source), found.source
+
+
+@pytest.mark.parametrize(
+    ("source", "can"),
+    [
+        ("x = 1\n", True),
+        ("x = 1\nx is 1\n", True),  # with a warning, which is no error
+        ("x =\n", False),
+        ("x = 1\nfrom __future__ import annotations\n", False),
+        ("return 1\n", False),
+        (None, False),
+    ],
+)
+def test_parses_is_whether_python_can_compile_it(source, can):
+    with warnings.catch_warnings(action="error"):
+        assert programs.parses(source) is can
 
 
 def test_imports_and_helpers_of_the_prompt_are_kept():

@@ -1,6 +1,8 @@
 """Greedy parity on answers whose tokens and gaps are given."""
 
+import asyncio
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -34,9 +36,11 @@ def control(again: dict[int, Choices] | None = None, base: dict[int, Choices] | 
     return Control(FACTS, tuple(first), tuple(second))
 
 
-def drafted(other: dict[int, tuple[int, ...]] | None = None, num_drafts: int | None = 40):
+def drafted(
+    other: dict[int, tuple[int, ...]] | None = None, num_drafts: int | None = 40, accepted: int = 40
+):
     ids = [(other or {}).get(i, TOKENS) for i in range(len(PROMPTS))]
-    return Speculative(FACTS, tuple(ids), num_drafts, num_drafts)
+    return Speculative(FACTS, tuple(ids), num_drafts, accepted)
 
 
 def judged(control: Control, speculative: Speculative) -> dict:
@@ -178,6 +182,14 @@ def test_without_drafts_nothing_is_shown(num_drafts):
     assert found["problems"] == ["the server with MTP drafted nothing: this says nothing about MTP"]
 
 
+def test_a_head_that_is_never_right_shows_nothing():
+    found = judged(control(), drafted(num_drafts=1000, accepted=0))
+    assert found["problems"] == [
+        "none of 1000 drafts was accepted: a head that is never right says nothing about MTP"
+    ]
+    assert judged(control(), drafted(num_drafts=1000, accepted=1))["problems"] == []
+
+
 def test_a_parting_without_a_gap_is_no_near_tie():
     assert not Parting("p", 0, None).within(100.0)
 
@@ -243,13 +255,70 @@ def test_two_servers_are_asked_and_judged(capsys, tmp_path, on, status, says):
     assert all(body["temperature"] == 0 for body in without.bodies + speculating.bodies)
 
 
-def test_the_control_must_not_draft(capsys, tmp_path):
+@pytest.mark.parametrize(("before", "told"), [(3, 3), (0, 4)], ids=["before", "meanwhile"])
+def test_the_control_must_not_draft(capsys, tmp_path, monkeypatch, before, told):
+    """Where it has drafted before, nothing is asked."""
     drafting = FakeEngine(num_speculative_tokens=1)
-    drafting.drafts = 3
+    drafting.drafts = before
+    answer = drafting.answer
+
+    def drafted_answer(*asked):
+        drafting.drafts += 1
+        return answer(*asked)
+
+    monkeypatch.setattr(drafting, "answer", drafted_answer)
     with fake_openai(drafting) as url:
         arguments = ["--off-url", url, "--on-url", url, "--num-prompts", "2", "--max-tokens", "5"]
         assert main(["parity", *arguments, "--result", str(tmp_path / "out.json")]) == 2
-    assert "must be without MTP; it has 3 drafts" in capsys.readouterr().err
+    assert f"must be without MTP; it has {told} drafts" in capsys.readouterr().err
+    assert bool(drafting.bodies) == (not before)
+
+
+@pytest.mark.parametrize("page", ["", "other:requests_total 3.0\n"])
+def test_a_control_that_does_not_tell_whether_it_drafts_is_refused(
+    capsys, tmp_path, monkeypatch, page
+):
+    silent = FakeEngine()
+    monkeypatch.setattr(silent, "metrics_page", lambda: page)
+    with fake_openai(silent) as url:
+        arguments = ["--off-url", url, "--on-url", url, "--num-prompts", "2", "--max-tokens", "5"]
+        assert main(["parity", *arguments, "--result", str(tmp_path / "out.json")]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "must be without MTP; its /metrics has no counters to tell that by" in said
+    assert not silent.bodies
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"model": "another"}, "model fake, not another"),
+        ({"window": 8192}, "window 4096, not 8192"),
+        ({"root": "/models/another"}, "checkpoint None, not another"),
+    ],
+)
+def test_mtp_on_another_model_is_refused(monkeypatch, other, says):
+    speculating = FakeEngine(num_speculative_tokens=1)
+    with fake_openai(speculating) as url:
+        asked = parity.ask_speculative(url, PROMPTS, 5, 1, 60.0, control=replace(FACTS, **other))
+        with pytest.raises(LoadError, match=f"must be the server without MTP but for MTP: {says}$"):
+            asyncio.run(asked)
+        assert not speculating.bodies
+        asyncio.run(parity.ask_speculative(url, PROMPTS, 5, 1, 60.0, control=FACTS))
+
+
+def test_the_two_servers_must_serve_the_same(capsys, tmp_path, monkeypatch):
+    ask = parity.ask_control
+
+    async def of_another(*arguments):
+        found = await ask(*arguments)
+        return replace(found, facts=replace(found.facts, window=8192))
+
+    monkeypatch.setattr(parity, "ask_control", of_another)
+    with fake_openai(FakeEngine()) as off, fake_openai(FakeEngine(num_speculative_tokens=1)) as on:
+        arguments = ["--off-url", off, "--on-url", on, "--num-prompts", "2", "--max-tokens", "5"]
+        assert main(["parity", *arguments, "--result", str(tmp_path / "out.json")]) == 2
+    assert f"{on}: must be the server without MTP" in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()
 
 
 @pytest.mark.parametrize(

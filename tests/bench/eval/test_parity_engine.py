@@ -35,12 +35,12 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 # Their beginnings: shorter to read, and as different.
 PROMPTS = [Prompt(p.id, p.text[:100]) for p in parity.default_prompts(200)]
 FEW = 40  # enough where most texts change
-# p of a broken engine: not just below where parity ends.
+# p of a broken engine is below it, not just below where parity ends; that of a sound one above.
 CLEARLY = parity_judge.ALPHA / 100
 TOKENS = 8
 # With one draft a pass has twice as many rows as the first run's; the control's has half as many.
 STREAMS = (4, 2)
-TIMEOUT_S = 240.0
+TIMEOUT_S = 600.0
 TRUSTING = """
 def register():
     from vllm.v1.sample import rejection_sampler
@@ -117,10 +117,12 @@ def test_the_text_is_the_same_with_and_without_mtp(without, folder):
         PROMPTS, control, speculative(folder / "mtp", len(PROMPTS), speculation={"method": "mtp"})
     )
     assert found["n"] == 200
-    assert not found["problems"], found
     assert found["num_accepted_tokens"] > 0.4 * found["num_drafts"]
-    for test in (found["parted"], found["clear"]):  # and what passes here could have failed
-        assert test["detectable"] < 0.15, found
+    # Not `problems`: at their alpha a sound engine has some in one run of a hundred, and no seed
+    # fixes which requests share a batch.
+    for test in (found["parted"], found["clear"]):
+        assert test["p"] > CLEARLY, found
+        assert test["detectable"] < 0.15, found  # what passes here could have failed
 
 
 def test_a_head_that_is_trusted_without_verification_breaks_parity(without, folder, monkeypatch):

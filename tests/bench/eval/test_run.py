@@ -1,7 +1,9 @@
 """`bench eval run` against a server whose every answer is known."""
 
+import contextlib
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -45,9 +47,11 @@ def scored(server: ChatServer, output, config: EvalConfig = CONFIG, **named) -> 
     return json.loads(output.read_text())["tasks"][0]
 
 
-def scored_badly(server: ChatServer, output, config: EvalConfig = CONFIG) -> tuple[dict, str]:
+def scored_badly(
+    server: ChatServer, output, config: EvalConfig = CONFIG, **named
+) -> tuple[dict, str]:
     with pytest.raises(Unbelievable, match="not valid: ") as caught:
-        scored(server, output, config)
+        scored(server, output, config, **named)
     return json.loads(output.read_text())["tasks"][0], str(caught.value)
 
 
@@ -74,7 +78,7 @@ def test_every_kind_of_answer_has_its_verdict_and_only_right_ones_score(output):
     }  # fmt: skip
     assert entry["score"] == 18 / 24
     assert entry["shares"] == {"invalid": 4 / 24, "truncated": 1 / 24, "failed": 0}
-    assert said == "not valid: mini-math: 16.7% invalid, more than 5%"
+    assert said == "not valid: mini-math: 16.7% invalid and 4.2% truncated, more than 5%"
     assert "not valid (75.0 %" in output.with_suffix(".md").read_text()
 
 
@@ -91,6 +95,25 @@ def test_above_five_per_cent_a_score_is_not_valid(output, reply, one, two):
     assert two in said
 
 
+def test_invalid_and_truncated_count_together(output):
+    entry, _ = scored_badly(script(MALFORMED, TRUNCATED), output)  # 4.2 % each
+    assert entry["problems"] == ["4.2% invalid and 4.2% truncated, more than 5%"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "verdict"),
+    [("stop", "correct"), ("length", "truncated"), ("repetition", "truncated"),
+     ("abort", "failed"), ("error", "failed")],
+)  # fmt: skip
+def test_only_a_whole_answer_is_judged(output, reason, verdict):
+    """What the server gave up is no answer of the model's, even where a number can be read."""
+    server = script(replace(right(ANSWERS[0]), finish_reason=reason))
+    with contextlib.suppress(Unbelievable):
+        scored(server, output)
+    entry = json.loads(output.read_text())["tasks"][0]
+    assert counts(entry) == Counter(["correct"] * 23 + [verdict])
+
+
 @pytest.mark.parametrize("reply", [Reply(status=500), Reply("The answer is 1", cut=True)])
 def test_a_request_that_fails_is_no_answer_and_voids_the_score(output, reply):
     entry, said = scored_badly(script(reply), output)
@@ -100,7 +123,7 @@ def test_a_request_that_fails_is_no_answer_and_voids_the_score(output, reply):
 
 def test_resuming_gives_what_one_run_gives(output):
     others = [WRONG, MALFORMED, TRUNCATED, WRONG]
-    whole = scored(script(*others), output)
+    whole = scored_badly(script(*others), output)
     cut = output.with_name("cut.json")
     server = script(*others)
     server.die_at = 9
@@ -111,17 +134,32 @@ def test_resuming_gives_what_one_run_gives(output):
     journal = cut.with_suffix(".items.jsonl")
     assert len(journal.read_text().splitlines()) == 1 + 9
     again = script(*others)
-    assert scored(again, cut, config, resume=journal) == whole
+    assert scored_badly(again, cut, config, resume=journal) == whole
     assert len(again.bodies) == 24 - 9
 
 
-def test_a_resumed_run_asks_what_failed_again(output):
-    scored_badly(script(Reply(status=500)), output)
-    output.unlink()
+@pytest.mark.parametrize("reply", [Reply(status=500), Reply("It is", finish_reason="abort")])
+def test_a_resumed_run_asks_what_failed_again(output, capsys, reply):
+    """Its result takes the place of the one in which items failed, and of no other."""
+    journal = output.with_suffix(".items.jsonl")
+    scored_badly(script(reply, WRONG), output)
+    again = f"1 items failed; ask them again with: python -m bench eval --resume {journal}"
+    assert again in capsys.readouterr().err
+    server = script(reply, WRONG)
+    server.die_at = 0
+    before = output.read_bytes()
+    with serving(server) as url, pytest.raises(ServerUnusable):
+        run_module.run(replace(CONFIG, url=url), output, resume=journal)
+    assert output.read_bytes() == before
     server = script()
-    entry = scored(server, output, resume=output.with_suffix(".items.jsonl"))
-    assert counts(entry) == {"correct": 24}
+    entry = scored(server, output, resume=journal)
+    assert counts(entry) == {"correct": 23, "wrong": 1}
     assert len(server.bodies) == 1
+    assert "75.0 %" not in output.with_suffix(".md").read_text()
+    before = output.read_bytes()
+    with pytest.raises(LoadError, match="exists; a result is written once"):
+        scored(server, output, resume=journal)
+    assert output.read_bytes() == before
 
 
 def test_another_server_does_not_go_on(output):

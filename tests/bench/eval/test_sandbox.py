@@ -39,14 +39,54 @@ def sandbox() -> Sandbox:
     return find(limits=LIMITS)
 
 
+FUTURE = """from __future__ import annotations
+from dataclasses import dataclass
+from typing import ClassVar
+
+@dataclass
+class Step:
+    size: int
+    least: ClassVar[int] = 1
+
+def f(x):
+    return x + Step(1).size
+"""
+PASSES_ITSELF = "import __main__\n__main__.tell('passed', '')\n"
+CHANGES_ITS_CHECK = """
+import __main__
+__main__.job["check"] = "def check(candidate): pass"
+def f(x):
+    return 0
+"""
+SAYS_PASSED = """
+import json
+dumps = json.dumps
+json.dumps = lambda told: dumps({**told, "outcome": "passed"})
+def f(x):
+    return 0
+"""
+
+
 def contents(source: str) -> str:
     """A program that puts what it saw into the exception it ends with."""
     return f"import os, sys\nseen = None\n{source}\nraise SystemExit(repr(seen))\n"
 
 
-def test_a_right_program_passes(sandbox):
-    run = sandbox.run("def f(x):\n    return x + 1\n", CHECK, "f")
+@pytest.mark.parametrize(
+    "source", ["def f(x):\n    return x + 1\n", FUTURE], ids=["plain", "looks its module up"]
+)
+def test_a_right_program_passes(sandbox, source):
+    run = sandbox.run(source, CHECK, "f")
     assert run.outcome is Outcome.PASSED, run
+
+
+@pytest.mark.parametrize(
+    "source",
+    [PASSES_ITSELF, CHANGES_ITS_CHECK, SAYS_PASSED],
+    ids=["tells", "changes its check", "changes the verdict"],
+)
+def test_the_verdict_is_not_reached_by_an_import(sandbox, source):
+    assert sandbox.run(source, CHECK, "f").outcome is Outcome.FAILED
 
 
 @pytest.mark.parametrize(
@@ -96,7 +136,7 @@ def test_a_program_that_does_not_end_is_stopped(sandbox, source):
     started = time.monotonic()
     run = sandbox.run(source, CHECK, "f")
     assert run.outcome in (Outcome.TIMEOUT, Outcome.NO_VERDICT, Outcome.FAILED), run
-    assert time.monotonic() - started < LIMITS.wall_s + 3
+    assert time.monotonic() - started < 10 * LIMITS.wall_s  # it would sleep for an hour
 
 
 def test_a_sleeper_is_reported_as_a_timeout(sandbox):
@@ -279,7 +319,7 @@ def processes() -> set[int]:
     return {int(pid) for pid, text in lines if "What runs inside the sandbox" in text}
 
 
-def wait_for(condition, timeout_s: float = 5.0) -> None:
+def wait_for(condition, timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline
