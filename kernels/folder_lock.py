@@ -36,14 +36,25 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path, purpose: str, name: str = SERVER) -> None:
+        self._path = folder / name
         # Not "w": the holder's description must stay where it is held.
-        self._file = (folder / name).open("a+", encoding="utf-8")
+        self._file = self._path.open("a+", encoding="utf-8")
         _lock(self._file)
         # A child that is forked later has the same lock, and would keep it when this process ends.
         os.register_at_fork(after_in_child=self._file.close)
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()} ({purpose})\n")
         self._file.flush()
+
+    def stands(self) -> bool:
+        """Whether the folder of this name is still the one held: not renamed, removed, made anew.
+
+        Raises:
+            OSError: the file cannot be looked at.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+        return False
 
     def release(self) -> None:
         """Give the folder up. The file stays: to remove it would let two processes hold it."""

@@ -248,6 +248,10 @@ class Calibration:
         self.counts: list[int] = torch.bincount(flat, minlength=num_experts).tolist()
         self._bounds = np.cumsum([0, *self.counts])
 
+    def files(self) -> list[Path]:
+        """Those that hold the rows."""
+        return [self.folder / rows_file(number) for number in range(self.meta["num_files"])]
+
     def rows_of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs bf16 (n, hidden) and route weights f32 (n) of one expert, in order of capture."""
         positions = self._order[self._bounds[expert] : self._bounds[expert + 1]]

@@ -19,7 +19,8 @@ LOW, HIGH = -8, 7
 BLOCK = 128  # columns rounded before the rest of the matrix is brought up to date
 ABSMAX_STEPS = 7.5  # compressed-tensors' symmetric range: absmax is this many steps
 # Scales tried by the search, in units of absmax / 7.5. 1.25 makes e2m1's 6 exact (absmax / 6).
-SEARCH_FACTORS = tuple(0.5 + 0.025 * i for i in range(33))
+# 1 first: only what is better replaces it, so a group without importance keeps its whole range.
+SEARCH_FACTORS = (1.0, *(0.5 + 0.025 * i for i in range(33) if i != 20))
 ELEMENTS_AT_ONCE = 1 << 19  # a search step stays in a CPU's cache; a GPU takes more
 ROWS_AT_ONCE = 8192
 

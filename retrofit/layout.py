@@ -20,6 +20,7 @@ from kernels.weights import (
 )
 from retrofit.errors import BadInput
 from retrofit.reading import CONFIG, Entry
+from retrofit.schemes import FP8, NONE, scheme_of_weight
 
 SIZES = (
     "num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "head_dim",
@@ -28,7 +29,7 @@ SIZES = (
     "num_hash_layers", "hc_mult",
 )  # fmt: skip
 HEAD_NAME = re.compile(r"(?:model\.)?mtp\.\d+\.")
-# The engine shares these with the target when they are absent.
+# Copies of the trunk's output head and embedding, which the engine shares when they are absent.
 HEAD_ALIASES = ("mtp.0.head.weight", "mtp.0.emb.tok_emb.weight")
 
 
@@ -75,8 +76,11 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def base_forms(weight: Weight) -> tuple[tuple[Spec, ...], ...]:
+def base_forms(config: Mapping[str, Any], weight: Weight) -> tuple[tuple[Spec, ...], ...]:
     """Every form in which a W4A16 base may store a trunk weight; the first is ours.
+
+    Attention is FP8 where the targets say so and BF16 where they do not: an engine has no other
+    parameter for it. Compressor and indexer are read in both forms whatever the targets say.
 
     Published bases differ: what came through Transformers has the FP32 tensors in BF16 and the
     router's bias under another name; compressor and indexer are FP8 or BF16; FP8 scales of a
@@ -87,7 +91,9 @@ def base_forms(weight: Weight) -> tuple[tuple[Spec, ...], ...]:
         return (ours,)
     if weight.kind == Kind.ATTENTION:
         scale = Spec(ours[1].name, ("F32", "F8_E8M0", "BF16"), ours[1].shape)
-        return ((ours[0], scale), tensors(weight, Layout.BF16))
+        forms = {FP8: (ours[0], scale), NONE: tensors(weight, Layout.BF16)}
+        scheme = scheme_of_weight(config, weight)
+        return (forms[scheme],) if scheme in forms else tuple(forms.values())
     if weight.kind == Kind.F32:
         dtypes = ("F32", "BF16")
         forms = [(Spec(weight.name, dtypes, weight.shape),)]
@@ -138,6 +144,8 @@ def compare_head(
         "`model.` prefix"
         for name in sorted(strays)
     ]
+    vocabulary = (config["vocab_size"], config["hidden_size"])
+    wanted |= {name: Spec(name, ("BF16", "F32"), vocabulary) for name in HEAD_ALIASES}
     for name in wanted.keys() & found.keys():
         faults += spec_faults(wanted[name], found[name])
     return faults
@@ -145,7 +153,7 @@ def compare_head(
 
 def compare_trunk(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> list[str]:
     """How the trunk in these tensors differs from a complete W4A16 base."""
-    forms = (base_forms(weight) for weight in trunk_weights(config))
+    forms = (base_forms(config, weight) for weight in trunk_weights(config))
     return _compare(forms, _trunk_entries(config, entries))
 
 

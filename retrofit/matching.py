@@ -7,21 +7,21 @@ matches nothing, and targets anchored to other names or to a range of layers los
 from __future__ import annotations
 
 import ast
+import copy
+import json
 import logging
 import re
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kernels.weights import EXPERT_DTYPE
+from kernels.weights import EXPERT_DTYPE, trunk_weights
 from retrofit.layout import layer_of_head
+from retrofit.reading import CONFIG
+from retrofit.schemes import ALLOWED, FP8, INT4, NONE, PACKED, scheme_of, scheme_of_weight
 
-FP8, INT4, NONE = "float8 block", "int4 group", "none"
-PACKED = {
-    "gate_up_proj": ["w1", "w3"],
-    "fused_wqa_wkv": ["wq_a", "wkv"],
-    "fused_wkv_wgate": ["wkv", "wgate"],
-}
 # Module below the head's layer -> scheme that the head's tensors are made for.
 INTENDED = {
     "attn.fused_wqa_wkv": FP8,
@@ -36,12 +36,30 @@ INTENDED = {
     "e_proj": NONE,
     "h_proj": NONE,
 }
-FORMATS = ("float-quantized", "pack-quantized")
+# Type of a group's weights -> the only format that vLLM has a method for.
+FORMATS = {"float": "float-quantized", "int": "pack-quantized"}
+# Keys besides the sizes that vLLM's config class fills with another model's value, without an
+# error, when they are absent.
+NEEDED = (
+    "architectures", "compress_rope_theta", "hc_eps", "hc_sinkhorn_iters", "index_topk",
+    "max_position_embeddings", "norm_topk_prob", "num_key_value_heads", "qk_rope_head_dim",
+    "rms_norm_eps", "rope_scaling", "rope_theta", "routed_scaling_factor", "scoring_func",
+    "sliding_window", "swiglu_limit",
+)  # fmt: skip
+VLLM_VERSION = "0.32.0"
+# What vLLM's reading of a quantization_config ends with, as it is written there.
+REFUSALS = (
+    AssertionError, AttributeError, KeyError, NotImplementedError, TypeError, ValueError,
+)  # fmt: skip
 
 
 def config_faults(config: Mapping[str, Any]) -> list[str]:
     """What in config.json keeps an engine from loading a W4A16-FP8 checkpoint with its head."""
-    faults = []
+    faults = [
+        f"config.json: {key} is missing: the engine would take a value of its own"
+        for key in NEEDED
+        if config.get(key) is None
+    ]
     if config.get("topk_method") != "noaux_tc":
         faults.append(
             f"config.json: topk_method = {config.get('topk_method')!r}; 'noaux_tc' must be there "
@@ -81,22 +99,18 @@ def _group_faults(name: str, group: Any) -> list[str]:
         return [f"config.json: config group {name!r} has no weights"]
     faults = []
     weights, where = group["weights"], f"config.json: config group {name!r}"
-    if group.get("format") not in FORMATS:
+    kind = weights.get("type")
+    if not isinstance(kind, str) or kind not in FORMATS:
+        return [f"{where}: type = {kind!r}; float or int"]
+    if group.get("format") != FORMATS[kind]:
         faults.append(
-            f"{where} has format = {group.get('format')!r}; each group needs its own, "
-            f"{' or '.join(FORMATS)}"
+            f"{where} has format = {group.get('format')!r}; each group needs its own, and that of "
+            f"{kind} weights is {FORMATS[kind]}"
         )
     if weights.get("actorder") in ("group", "dynamic"):
         faults.append(f"{where}: actorder = {weights['actorder']!r} is refused by vLLM; static")
-    if weights.get("type") == "int" and (
-        (weights.get("num_bits"), weights.get("group_size")) != (4, 128)
-        or weights.get("symmetric") is not True
-    ):
-        faults.append(
-            f"{where}: num_bits = {weights.get('num_bits')}, group_size = "
-            f"{weights.get('group_size')}, symmetric = {weights.get('symmetric')}; "
-            "4, 128 and true are what the head has"
-        )
+    inputs = group.get("input_activations")
+    faults += (_int4_faults if kind == "int" else _fp8_faults)(where, weights, inputs)
     targets = group.get("targets")
     if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
         return [*faults, f"{where} has no list of targets"]
@@ -114,37 +128,60 @@ def _group_faults(name: str, group: Any) -> list[str]:
     return faults
 
 
+def _int4_faults(where: str, weights: Mapping[str, Any], inputs: Any) -> list[str]:
+    faults = []
+    if (weights.get("num_bits"), weights.get("group_size")) != (4, 128) or (
+        weights.get("symmetric") is not True
+    ):
+        faults.append(
+            f"{where}: num_bits = {weights.get('num_bits')}, group_size = "
+            f"{weights.get('group_size')}, symmetric = {weights.get('symmetric')}; "
+            "4, 128 and true are what the head has"
+        )
+    if inputs is not None:
+        faults.append(f"{where}: input_activations = {inputs!r}; W4A16 has none")
+    return faults
+
+
+def _fp8_faults(where: str, weights: Mapping[str, Any], inputs: Any) -> list[str]:
+    faults = []
+    if weights.get("num_bits") != 8 or weights.get("block_structure") != [128, 128]:
+        faults.append(
+            f"{where}: num_bits = {weights.get('num_bits')}, block_structure = "
+            f"{weights.get('block_structure')}; 8 and [128, 128] are what the head has"
+        )
+    keys = ("num_bits", "type", "dynamic")
+    found = [inputs.get(key) for key in keys] if isinstance(inputs, dict) else None
+    if found != [8, "float", True]:
+        faults.append(
+            f"{where}: input_activations = {inputs!r}; num_bits 8, type float and dynamic are what "
+            "FP8 blocks are multiplied with"
+        )
+    return faults
+
+
 def static_faults(config: Mapping[str, Any]) -> list[str]:
-    """Modules of the head that the targets, read as vLLM reads them, do not give their scheme."""
+    """Modules that the targets, read as vLLM reads them, give another scheme than they are for."""
     quantization = config["quantization_config"]
     found = {
-        module: _static_scheme(quantization, f"model.layers.{layer_of_head(config)}.{module}")
+        module: scheme_of(quantization, f"model.layers.{layer_of_head(config)}.{module}")
         for module in INTENDED
     }
-    return _compare(found, "config.json")
+    return _compare(found, "config.json") + _trunk_faults(config)
 
 
-def _static_scheme(quantization: Mapping[str, Any], name: str) -> str:
-    def matches(target: str, module: str) -> bool:
-        if target.startswith("re:"):
-            return re.match(target[3:], module) is not None
-        return target in (module, "Linear")
-
-    parent, _, last = name.rpartition(".")
-    names = [name, *(f"{parent}.{part}" for part in PACKED.get(last, ()))]
-    if any(matches(t, n) for t in quantization.get("ignore") or () for n in names):
-        return NONE
-    for group in quantization["config_groups"].values():
-        if any(matches(t, name) for t in group["targets"]) or all(
-            any(matches(t, n) for t in group["targets"]) for n in names[1:] or [name]
-        ):
-            return _scheme_name(group["weights"])
-    return NONE
-
-
-def _scheme_name(weights: Mapping[str, Any]) -> str:
-    kind = f"{weights.get('type')}{weights.get('num_bits')} {weights.get('strategy')}"
-    return kind
+def _trunk_faults(config: Mapping[str, Any]) -> list[str]:
+    wrong: dict[tuple[str, str], list[str]] = {}
+    for weight in trunk_weights(config):
+        allowed = ALLOWED.get(weight.kind)
+        scheme = scheme_of_weight(config, weight)
+        if allowed and scheme not in allowed:
+            wrong.setdefault((str(scheme), " or ".join(allowed)), []).append(weight.stem)
+    return [
+        f"config.json: the targets give {len(stems)} modules such as {stems[0]} {found!r}; "
+        f"{wanted!r} is what their tensors are made for"
+        for (found, wanted), stems in wrong.items()
+    ]
 
 
 def _compare(found: Mapping[str, str], who: str) -> list[str]:
@@ -156,28 +193,73 @@ def _compare(found: Mapping[str, str], who: str) -> list[str]:
     ]
 
 
-def vllm_faults(config: Mapping[str, Any]) -> list[str] | None:
-    """The same question, answered by the installed vLLM; None where there is none."""
+def why_vllm_is_not_asked() -> str | None:
+    """Why the installed vLLM cannot answer; None where it can."""
     try:
         import vllm
-        from vllm.model_executor.layers.quantization.compressed_tensors import (
-            compressed_tensors as ct,
-        )
     except ImportError:
+        return "vllm not installed"
+    if vllm.__version__.split("+")[0] != VLLM_VERSION:
+        return f"vllm {vllm.__version__} is installed; its answer is known of {VLLM_VERSION}"
+    return None
+
+
+def vllm_faults(config: Mapping[str, Any]) -> list[str] | None:
+    """What the installed vLLM refuses in the config, and the schemes it reads; None without it."""
+    if why_vllm_is_not_asked():
         return None
-    level = logging.getLogger("vllm").level
-    logging.getLogger("vllm").setLevel(logging.ERROR)
+    with _quiet():
+        return _vllm_config_faults(config) + _vllm_scheme_faults(config)
+
+
+def _vllm_config_faults(config: Mapping[str, Any]) -> list[str]:
+    import vllm
+    from vllm.transformers_utils.config import get_config
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+        try:
+            get_config(folder, trust_remote_code=False)
+        except Exception as error:  # noqa: BLE001 - whatever it is, a server would end with it
+            return [f"vLLM {vllm.__version__} refuses config.json: {_one_line(error)}"]
+    return []
+
+
+def _vllm_scheme_faults(config: Mapping[str, Any]) -> list[str]:
+    import vllm
+    from vllm.model_executor.layers.quantization.compressed_tensors import (
+        compressed_tensors as ct,
+    )
+
     try:
-        quantization = ct.CompressedTensorsConfig.from_config(dict(config["quantization_config"]))
+        quantization = ct.CompressedTensorsConfig.from_config(
+            copy.deepcopy(dict(config["quantization_config"]))
+        )
         quantization.apply_vllm_mapper(_nvidia_mapper(Path(vllm.__path__[0])))
         quantization.packed_modules_mapping = PACKED
         layer = layer_of_head(config)
         found = {module: _vllm_scheme(quantization, layer, module) for module in INTENDED}
-    except (ValueError, KeyError, NotImplementedError) as error:
-        return [f"vLLM {vllm.__version__} refuses quantization_config: {error}"]
-    finally:
-        logging.getLogger("vllm").setLevel(level)
+    except REFUSALS as error:
+        return [f"vLLM {vllm.__version__} refuses quantization_config: {_one_line(error)}"]
     return _compare(found, f"vLLM {vllm.__version__}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without vLLM's remarks: what ends in a fault is said once."""
+    logger = logging.getLogger("vllm")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _one_line(error: Exception) -> str:
+    """pydantic takes several lines, the last an address; an assertion may have no text at all."""
+    text = " ".join(str(error).split("For further information")[0].split())
+    return text or type(error).__name__
 
 
 class _Linear:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -53,15 +53,19 @@ from retrofit.reading import (
     refuse,
     scan,
 )
-from retrofit.writing import Partial, ShardWriter, write_json, write_tensors
+from retrofit.writing import LOCK, STATE, Partial, ShardWriter, write_json, write_tensors
 
 SHARD = "model-mtp-w4a16.safetensors"
 MANIFEST = verify.MANIFEST
 SCHEMA_VERSION = 1
 PARTS = "parts"  # results of single steps, inside the partial folder
-# Quantization through Transformers loses these; the original has them.
-RESTORED = ("compress_ratios", "num_hash_layers", "rope_scaling", "torch_dtype", "topk_method",
-            "num_nextn_predict_layers", "swiglu_limit", *SIZES)  # fmt: skip
+# What Transformers writes from the original's keys in its own terms. vLLM has other terms for them.
+DERIVED = ("compress_rates", "layer_types", "mlp_layer_types", "partial_rotary_factor",
+           "rope_parameters")  # fmt: skip
+# Numbers besides the sizes that quantization does not change.
+FIXED = ("compress_rope_theta", "hc_eps", "hc_sinkhorn_iters", "index_topk", "num_key_value_heads",
+         "qk_rope_head_dim", "rms_norm_eps", "rope_theta", "routed_scaling_factor",
+         "sliding_window", "swiglu_limit")  # fmt: skip
 SAMPLE_FACTOR = 2  # rows over all tokens, in units of hidden_size
 
 
@@ -140,21 +144,22 @@ def run(config: MtpConfig) -> int:
     settings = config.settings(model)
     calibration = read_calibration(config, model)
     identity = run_identity(config, settings, source, base)
+    # `verify` reads the base's values too, but only when all experts are quantized.
+    refuse(base.folder, verify.value_faults(replace(base, config=model)))
     inputs = [path for path in (config.source, config.base, config.calibration) if path]
-    partial = Partial(config.dst, inputs, identity)
-    try:
-        link_files(base.folder, partial.folder, config.files)
-        parts = quantize(config, settings, model, source, calibration, partial.folder)
-        write_head(source, model, parts, partial.folder)
-        write_index(base, model, partial.folder)
-        write_json(partial.folder / CONFIG, model)
-        write_json(partial.folder / MANIFEST, manifest(identity, calibration, parts))
-        refuse(config.dst, verify.check(scan(partial.folder)).faults)
-    except BadInput:
-        partial.discard()
-        raise
-    shutil.rmtree(partial.folder / PARTS)
-    partial.finish()
+    files = {"source": head_shards(source), "base": base.shards()}
+    if calibration:
+        files["calibration"] = calibration.files()
+    with Partial(config.dst, inputs, identity, files, PARTS) as partial:
+        if not partial.whole:
+            link_files(base.folder, partial.folder, config.files)
+            parts = quantize(config, settings, model, source, calibration, partial.folder)
+            write_head(source, model, parts, partial.folder)
+            write_index(base, model, partial.folder)
+            write_json(partial.folder / CONFIG, model)
+            write_json(partial.folder / MANIFEST, manifest(identity, calibration, parts))
+            refuse(config.dst, verify.check(scan(partial.folder)).faults)
+        partial.finish()
     print(f"{config.dst}: written; {len(head_tensors(model, Layout.W4A16)):,} tensors in {SHARD}")
     return 0
 
@@ -168,10 +173,13 @@ def merged_config(source: Checkpoint, base: Checkpoint) -> dict[str, Any]:
     check_sizes(source.config, source.folder / CONFIG)
     # Bases name what they were made from: fp4, or bf16 after Transformers.
     merged = {**base.config, "expert_dtype": EXPERT_DTYPE}
-    for key in RESTORED:
+    for key in DERIVED:
         if key not in source.config:
+            merged.pop(key, None)
+    for key, theirs in source.config.items():
+        if key == "quantization_config":
             continue
-        ours, theirs = merged.get(key), source.config[key]
+        ours = merged.get(key)
         if key == "compress_ratios" and isinstance(ours, list):
             layers = source.config["num_hidden_layers"]
             if ours[:layers] == theirs[:layers] and len(ours) <= len(theirs):
@@ -180,13 +188,17 @@ def merged_config(source: Checkpoint, base: Checkpoint) -> dict[str, Any]:
             ours = None
         if ours is None:
             merged[key] = theirs
-        elif key in SIZES and ours != theirs:
+        elif ours != theirs and (key in SIZES or (key in FIXED and _is_number(ours))):
             raise BadInput(
                 f"{base.folder}: {key} = {ours!r}, and {theirs!r} in {source.folder}; the base "
                 "must be a quantization of the original"
             )
     check_sizes(merged, base.folder / CONFIG)
     return merged
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_source(source: Checkpoint) -> None:
@@ -212,6 +224,8 @@ def check_base(base: Checkpoint, model: dict[str, Any]) -> None:
             "the base without one"
         )
     refuse(base.folder, compare_trunk(model, base.entries) + matching.config_faults(model))
+    # `verify` asks vLLM too, but only when all experts are quantized.
+    refuse(base.folder, matching.vllm_faults(model) or [])
     if (base.folder / SHARD).exists():
         raise BadInput(f"{base.folder}: has a file {SHARD}")
 
@@ -245,13 +259,18 @@ def read_calibration(config: MtpConfig, model: dict[str, Any]) -> Calibration | 
     return calibration
 
 
+def head_shards(source: Checkpoint) -> list[Path]:
+    """Shards that hold the head: others of the original may come and go."""
+    return sorted({entry.path for entry in head_entries(source.entries).values()})
+
+
 def run_identity(
     config: MtpConfig, settings: Settings, source: Checkpoint, base: Checkpoint
 ) -> dict[str, Any]:
     """What the bytes of the result depend on."""
     identity: dict[str, Any] = {
         "command": "mtp",
-        "source_headers_sha256": headers_sha256(source),
+        "source_headers_sha256": headers_sha256(source, head_shards(source)),
         "base_headers_sha256": headers_sha256(base),
         "calibration": read_json(config.calibration / META) if config.calibration else None,
         "device": config.device.value,
@@ -264,16 +283,18 @@ def run_identity(
 
 
 def link_files(base: Path, folder: Path, files: Files) -> None:
-    """The base's weights by link or copy, its small files by copy. Idempotent.
+    """The base's weights by link or copy where they are not there yet, its small files by copy.
 
     Raises:
         BadInput: a hard link is not possible here.
     """
     for path in sorted(base.iterdir()):
-        target = folder / path.name
-        if not path.is_file() or path.name in (INDEX, CONFIG, MANIFEST) or target.exists():
+        target, small = folder / path.name, path.suffix != ".safetensors"
+        if not path.is_file() or path.name in (INDEX, CONFIG, MANIFEST, STATE, LOCK):
             continue
-        if path.suffix != ".safetensors" or files == Files.COPY:
+        if target.exists() and not small:
+            continue
+        if small or files == Files.COPY:
             temporary = target.with_name(f".{target.name}.part")
             shutil.copyfile(path, temporary)
             temporary.replace(target)
@@ -305,7 +326,8 @@ def quantize(
     ]
     parts = [folder / PARTS / f"experts-{step.start:05d}.safetensors" for step in steps]
     (folder / PARTS).mkdir(exist_ok=True)
-    done = sum(len(s) for s, p in zip(steps, parts, strict=True) if p.exists())
+    there = [is_whole(part) for part in parts]
+    done = sum(len(step) for step, whole in zip(steps, there, strict=True) if whole)
     progress = Progress("quantize experts", total, done)
     if done == total:
         return parts
@@ -314,9 +336,8 @@ def quantize(
         rows = calibration.sample(SAMPLE_FACTOR * model["hidden_size"])
     sample = Sample(rows.to(config.device))
     with torch.inference_mode():
-        for step, part in zip(steps, parts, strict=True):
-            # Its records are written before it, so both are there.
-            if part.exists():
+        for step, part, whole in zip(steps, parts, there, strict=True):
+            if whole:
                 continue
             batch = [read_expert(config, model, source, calibration, e) for e in step]
             try:
@@ -328,6 +349,16 @@ def quantize(
                 torch.cuda.empty_cache()  # steps differ in size: what is cached does not fit again
             progress.step(len(step))
     return parts
+
+
+def is_whole(part: Path) -> bool:
+    """Whether a step's two files are there and can be read: a power cut may leave empty ones."""
+    try:
+        read_json(part.with_suffix(".json"))
+        read_header(part)
+    except BadInput:
+        return False
+    return True
 
 
 def read_expert(

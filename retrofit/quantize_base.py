@@ -76,13 +76,11 @@ def run(config: QuantizeBaseConfig) -> int:
         "source": headers_sha256(source),
         **{key: str(value) for key, value in options.items()},
     }
-    partial = Partial(config.dst, [config.source], identity)
-    try:
-        write_checkpoint(config, source, partial.folder)
-    except BadInput:
-        partial.discard()
-        raise
-    partial.finish()
+    files = {"source": source.shards()}
+    with Partial(config.dst, [config.source], identity, files) as partial:
+        if not partial.whole:
+            write_checkpoint(config, source, partial.folder)
+        partial.finish()
     print(f"{config.dst}: written")
     return 0
 

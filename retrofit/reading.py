@@ -75,7 +75,8 @@ def read_header(path: Path) -> dict[str, Entry]:
     """Tensors of a safetensors file, by name.
 
     Raises:
-        BadInput: absent, truncated, too long, or its header is not safetensors'.
+        BadInput: absent, truncated, too long, its header is not safetensors', or tensors overlap
+            or leave a gap.
     """
     try:
         size = path.stat().st_size
@@ -105,7 +106,20 @@ def read_header(path: Path) -> dict[str, Entry]:
     if end != size:
         what = "truncated" if end > size else "too long"
         raise BadInput(f"{path}: {what}: the header describes {end} bytes, the file holds {size}")
+    _check_order(path, entries, first)
     return entries
+
+
+def _check_order(path: Path, entries: dict[str, Entry], first: int) -> None:
+    """safetensors, and so every engine, refuses tensors that overlap or leave a gap."""
+    end = first
+    for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.num_bytes)):
+        if entry.start != end or entry.num_bytes < 0:
+            raise BadInput(
+                f"{path}: its header has a gap or an overlap: {entry.name} begins at byte "
+                f"{entry.start - first} of the data, and {end - first} are before it"
+            )
+        end += entry.num_bytes
 
 
 def _entry(name: str, value: dict[str, Any], path: Path, first: int) -> Entry:
@@ -264,10 +278,15 @@ def refuse(folder: Path, faults: list[str]) -> None:
         raise BadInput(f"{folder}: {faults[0]}" + (f" (and {more} more)" if more else ""))
 
 
-def headers_sha256(checkpoint: Checkpoint) -> str:
-    """Digest of config.json and of every shard's name, size and header: quick at any size."""
+def headers_sha256(checkpoint: Checkpoint, shards: list[Path] | None = None) -> str:
+    """Digest of config.json and of each shard's name, size and header: quick at any size.
+
+    Args:
+        checkpoint: without faults.
+        shards: which; all by default.
+    """
     digest = hashlib.sha256((checkpoint.folder / CONFIG).read_bytes())
-    for path in checkpoint.shards():
+    for path in checkpoint.shards() if shards is None else shards:
         with path.open("rb") as file:
             prefix = file.read(HEADER_LEN_BYTES)
             header = file.read(struct.unpack("<Q", prefix)[0])

@@ -6,18 +6,29 @@ files and index -> sizes -> head's names, dtypes, shapes -> trunk's -> config ->
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from kernels.formats import dequantize_fp8_block, dequantize_int4
-from kernels.weights import Kind, Layout, Spec, Weight, head_weights, is_compressor, tensors
+from kernels.weights import (
+    Kind,
+    Layout,
+    Weight,
+    head_weights,
+    is_compressor,
+    tensors,
+    trunk_weights,
+)
 from retrofit import gptq, matching, pack
 from retrofit.errors import BadInput
 from retrofit.layout import (
+    base_forms,
     check_sizes,
     compare_head,
     compare_trunk,
@@ -40,6 +51,7 @@ from retrofit.reading import (
 MANIFEST = "mtp_manifest.json"
 # An FP8 block's scale is its absmax / 448. Exponent bytes read as numbers are 100 and more.
 LARGEST_FP8_SCALE = 16.0
+ELEMENTS_AT_ONCE = 1 << 22
 # GPTQ moves weights away from the nearest code, so its weight error is above rounding's, but never
 # by much; another expert's weights, or scales of half the size, are far above this.
 LARGEST_ERROR_RATIO = 4.0
@@ -101,10 +113,9 @@ def check(
     faults = matching.config_faults(config)
     report.faults += faults
     if not faults:
-        resolved = matching.vllm_faults(config)
-        if resolved is None:
-            report.notes.append("target matching: skipped: vllm not installed")
-        report.faults += resolved or []
+        if why := matching.why_vllm_is_not_asked():
+            report.notes.append(f"target matching: skipped: {why}")
+        report.faults += matching.vllm_faults(config) or []
     compressor = _fp8_compressor(checkpoint)
     if compressor and stock_vllm:
         report.faults += [f"{name}: stock vLLM builds this module in BF16" for name in compressor]
@@ -137,39 +148,84 @@ def _fp8_compressor(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
-def _sound(checkpoint: Checkpoint) -> Iterator[tuple[Weight, tuple[Spec, ...]]]:
-    """Head weights all of whose tensors are there as they should be."""
-    for weight in head_weights(checkpoint.config):
-        specs = tensors(weight, Layout.W4A16)
-        entries = [checkpoint.entries.get(spec.name) for spec in specs]
-        if all(e and not spec_faults(s, e) for s, e in zip(specs, entries, strict=True)):
-            yield weight, specs
-
-
 def value_faults(checkpoint: Checkpoint) -> list[str]:
-    """Scales, shapes and plain tensors of the head whose values no head has."""
+    """Values that no head and no trunk has, of all tensors but the trunk's packed words.
+
+    One tensor at a time is in memory, in the order of the files.
+    """
+    weights = _stored(checkpoint)
+    names = sorted(weights, key=lambda n: (checkpoint.entries[n].path, checkpoint.entries[n].start))
+    progress = Progress("read values", len(names))
     faults = []
-    for weight, specs in _sound(checkpoint):
-        for spec in specs:
-            if spec.name.endswith("weight_packed"):
-                continue
-            tensor = checkpoint.tensor(spec.name)
-            if spec.name.endswith("weight_shape"):
-                if tensor.tolist() != list(weight.shape):
-                    faults.append(f"{spec.name}: {tensor.tolist()}; must be {list(weight.shape)}")
-                continue
-            values = tensor.float()
-            if not values.isfinite().all():
-                faults.append(f"{spec.name}: holds NaN or infinity")
-            elif spec.name.endswith("weight_scale"):
-                faults += _scale_faults(spec.name, values, weight.kind)
+    for name in names:
+        faults += _tensor_faults(name, checkpoint.tensor(name), weights[name], checkpoint.config)
+        progress.step()
     return faults
 
 
-def _scale_faults(name: str, values: torch.Tensor, kind: Kind) -> list[str]:
-    if (values <= 0).any():
-        return [f"{name}: a scale is {values.min():g}; scales are positive"]
-    if kind == Kind.ATTENTION and values.median() > LARGEST_FP8_SCALE:
+def _stored(checkpoint: Checkpoint) -> dict[str, Weight]:
+    """Tensors of a right dtype and shape whose values are looked at, and what they are of."""
+    config, entries = checkpoint.config, checkpoint.entries
+    found = {}
+    for weight in head_weights(config):
+        found |= {spec: weight for spec in tensors(weight, Layout.W4A16)}
+    for weight in trunk_weights(config):
+        forms = base_forms(config, weight)
+        # The trunk's experts are nine tenths of the bytes.
+        found |= {s: weight for f in forms for s in f if not s.name.endswith("weight_packed")}
+    return {
+        spec.name: weight
+        for spec, weight in found.items()
+        if spec.name in entries and not spec_faults(spec, entries[spec.name])
+    }
+
+
+def _tensor_faults(
+    name: str, tensor: torch.Tensor, weight: Weight, config: Mapping[str, Any]
+) -> list[str]:
+    if name.endswith("weight_shape"):
+        if tensor.tolist() == list(weight.shape):
+            return []
+        return [f"{name}: {tensor.tolist()}; must be {list(weight.shape)}"]
+    least, most = _range(tensor)
+    if weight.kind == Kind.I64:
+        last = config["n_routed_experts"] - 1
+        if least >= 0 and most <= last:
+            return []
+        return [f"{name}: expert ids in [{least:g}, {most:g}]; must be in [0, {last}]"]
+    if not (math.isfinite(least) and math.isfinite(most)):
+        return [f"{name}: holds NaN or infinity"]
+    if name.endswith("weight_scale"):
+        return _scale_faults(name, tensor.float(), least, weight.kind)
+    if name.endswith("weight_packed"):
+        return [f"{name}: all words are {least:g}"] if least == most else []
+    # FP32 tensors are biases and mixers, some of which may be zero.
+    if least == most == 0 and weight.kind != Kind.F32:
+        return [f"{name}: all values are 0"]
+    return []
+
+
+def _range(tensor: torch.Tensor) -> tuple[float, float]:
+    """The least and the largest value, of E4M3 the largest magnitude; NaN where there is one."""
+    parts = []
+    for part in tensor.flatten().split(ELEMENTS_AT_ONCE):
+        if part.dtype == torch.float8_e4m3fn:
+            # The bits below the sign are in the order of the magnitudes, NaN after the last.
+            # A conversion to float32 takes six times as long.
+            top = (part.view(torch.uint8) & 0x7F).amax()
+            most = top.view(torch.float8_e4m3fn).double()
+            parts.append(torch.stack((-most, most)))
+        else:
+            wide = part.float() if part.dtype == torch.float8_e8m0fnu else part
+            parts.append(torch.stack(torch.aminmax(wide)).double())
+    found = torch.stack(parts)
+    return float(found[:, 0].min()), float(found[:, 1].max())
+
+
+def _scale_faults(name: str, values: torch.Tensor, least: float, kind: Kind) -> list[str]:
+    if least <= 0:
+        return [f"{name}: a scale is {least:g}; scales are positive"]
+    if kind != Kind.EXPERT and values.median() > LARGEST_FP8_SCALE:
         return [f"{name}: the median scale is {values.median():g}: exponents, copied as numbers"]
     return []
 

@@ -314,7 +314,7 @@ def test_a_head_that_verify_refuses_is_not_given_its_name(
     monkeypatch.setattr(mtp.pack, "attention_tensors", exponents)
     assert main(["mtp", str(original), str(base), str(tmp_path / "dst"), "--rtn"]) == 2
     assert "exponents, copied as numbers" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "dst.partial"]  # the steps' results are in it
 
 
 @pytest.mark.parametrize(
@@ -393,6 +393,7 @@ def test_places_for_the_result_that_are_refused(original, base, tmp_path, capsys
         assert main(["mtp", str(original), str(base), str(dst), "--rtn"]) == 2
         assert message in capsys.readouterr().err
     (tmp_path / "new.partial").mkdir()
+    (tmp_path / "new.partial" / "x").touch()
     assert main(["mtp", str(original), str(base), str(tmp_path / "new"), "--rtn"]) == 2
     assert "other inputs or options" in capsys.readouterr().err
 

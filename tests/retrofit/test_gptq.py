@@ -122,6 +122,18 @@ def test_searched_scales_are_at_least_as_good_and_zero_groups_have_scale_one():
     assert (codes[3, :128] == 0).all()
 
 
+def test_a_group_that_no_input_reaches_keeps_its_range():
+    """No scale is better than another for the output; half of it would clip the weights."""
+    weight = make_layer()[0]
+    importance = torch.ones(IN)
+    importance[128:256] = 0
+    searched = gptq.mse_scale(weight, importance)
+    assert torch.equal(searched[:, 1], gptq.absmax_scale(weight)[:, 1])
+    alike = gptq.mse_scale(weight)
+    live = [g for g in range(IN // 128) if g != 1]
+    assert torch.equal(searched[:, live], alike[:, live])
+
+
 def test_what_cannot_be_solved_is_refused():
     weight, rows = make_layer()
     scale = gptq.absmax_scale(weight)

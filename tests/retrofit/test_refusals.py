@@ -127,20 +127,26 @@ def test_the_calibration_folder_is_only_read(original, base, calibration, capsys
 # ------------------------------------------------------------------------------ full disks
 
 
-def fill(monkeypatch) -> None:
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
+def fill(monkeypatch, after: int = 0) -> None:
+    """The disk is full once so many files are on it."""
+    files = []
+
+    def full(file: int) -> None:
+        files.append(file)
+        if len(files) > after:
+            raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writing.os, "fsync", full)
 
 
+@pytest.mark.parametrize("after", [0, 1, 6], ids=["state", "first record", "third step"])
 def test_a_full_disk_is_one_line_and_the_same_command_continues(
-    original, base, calibration, good, tmp_path, monkeypatch, capsys
+    after, original, base, calibration, good, tmp_path, monkeypatch, capsys
 ):
     dst = tmp_path / "dst"
     arguments = ["mtp", original, base, dst, "--calibration", calibration]
     with monkeypatch.context() as patch:
-        fill(patch)
+        fill(patch, after)
         assert refusal(arguments, capsys) == f"retrofit: {dst}: No space left on device"
     assert not dst.exists()
     assert [path for path in tmp_path.rglob("*") if path.name.endswith(".part")] == []
