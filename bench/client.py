@@ -176,7 +176,7 @@ class _Stream:
         if payload == b"[DONE]":
             return
         event = json.loads(payload)
-        if "error" in event:
+        if event.get("error"):
             raise RequestError(f"chat completion: {event['error']}")
         if event.get("usage"):
             self._usage = event["usage"]

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+_USER = re.compile(r"(?<=://)[^/?#\s]*@")
 
 
 def collect(repository: Path, checkpoint: Path) -> dict[str, Any]:
@@ -47,14 +50,19 @@ def checkout(repository: Path) -> dict[str, Any]:
 
 
 def command_line(arguments: list[str], repository: Path) -> str:
-    """The command as results hold it: its absolute paths go through `recorded`."""
+    """The command as results hold it: absolute paths through `recorded`, URLs without a user."""
     kept = []
-    for argument in arguments:
+    for argument in map(without_user, arguments):
         option, equals, value = argument.rpartition("=")
         if Path(value).is_absolute():
             value = recorded(Path(value), repository)
         kept.append(option + equals + value)
     return shlex.join(kept)
+
+
+def without_user(text: str) -> str:
+    """The text without the user and the password of a URL in it."""
+    return _USER.sub("", text)
 
 
 def vllm_version() -> str | None:

@@ -21,6 +21,7 @@ PROC = Path("/proc")
 SHOWN = ("NCCL_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "VLLM_", "DSV4_")
 HIDDEN = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 SECRET_OPTIONS = ("--api-key", "--hf-token")
+FORWARDERS = ("ssh", "kubectl")  # listen here for a server elsewhere
 REVISION_LABEL = "org.opencontainers.image.revision"
 LISTENING = "0A"  # state of /proc/net/tcp
 DOCKER_S = 20
@@ -34,7 +35,7 @@ def describe(url: str, repository: Path) -> dict[str, Any] | None:
         environment: variables of the tree that begin with SHOWN; the deepest process wins.
         image: name, id, digests and commit of the container's image; None outside a container.
     """
-    port = urlsplit(url).port or {"http": 80, "https": 443}[urlsplit(url).scheme]
+    port = _port(url)
     container = _container(port)
     pid = container["State"]["Pid"] if container else _listener(port)
     if pid is None:
@@ -49,6 +50,19 @@ def describe(url: str, repository: Path) -> dict[str, Any] | None:
         "environment": dict(sorted(environment.items())),
         "image": _image(container) if container else None,
     }
+
+
+def is_forwarded(url: str) -> bool:
+    """Whether what listens at a URL of this machine is a tunnel to another."""
+    pid = _listener(_port(url))
+    try:
+        return pid is not None and (PROC / str(pid) / "comm").read_text().strip() in FORWARDERS
+    except OSError:
+        return False
+
+
+def _port(url: str) -> int:
+    return urlsplit(url).port or {"http": 80, "https": 443}[urlsplit(url).scheme]
 
 
 def _listener(port: int) -> int | None:
@@ -121,12 +135,15 @@ def _command(pid: int, repository: Path) -> str | None:
     except OSError:
         return None
     arguments = [part for part in raw.split("\0") if part]
+    secret = False  # vLLM takes several keys after one option
     for at, argument in enumerate(arguments):
         name, equals, _ = argument.partition("=")
-        if name in SECRET_OPTIONS and equals:
-            arguments[at] = f"{name}=***"
-        elif name in SECRET_OPTIONS and at + 1 < len(arguments):
-            arguments[at + 1] = "***"
+        if name.startswith("--"):
+            hidden = name.replace("_", "-") in SECRET_OPTIONS
+            secret = hidden and not equals
+            arguments[at] = f"{name}=***" if hidden and equals else argument
+        elif secret:
+            arguments[at] = "***"
     return provenance.command_line(arguments, repository) if arguments else None
 
 

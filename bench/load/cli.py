@@ -190,8 +190,10 @@ def _run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise LoadError(str(error)) from error
     api_key = os.environ.get(API_KEY_VARIABLE)
+    if arguments.resume is not None and (arguments.result or arguments.engine != "own"):
+        raise LoadError(f"--resume {arguments.resume}: goes without --result and --engine")
     if arguments.resume is not None and arguments.resume.name.endswith(speculative.SUFFIX):
-        speculative.resume(arguments.resume, api_key)
+        speculative.resume(arguments.resume, api_key, given=config)
         return 0
     if arguments.compare_speculative:
         return _compare_speculative(arguments, config)
@@ -234,6 +236,10 @@ def _compare(arguments: argparse.Namespace) -> int:
     print(compare.table(changes))
     for note in compare.notes(base, head):
         print(f"note: {note}")
+    if unsure := [c for c in changes if c.not_shown]:
+        named = ", ".join(f"{c.figure} at {c.cell} by {c.worse_by:.1%}" for c in unsure)
+        print(f"note: worse by more than {arguments.max_regression:.1%}, not shown: {named}; "
+              "more repeats would tell")  # fmt: skip
     worse = [c for c in changes if c.regressed]
     if worse:
         named = ", ".join(f"{c.figure} at {c.cell} by {c.worse_by:.1%}" for c in worse)

@@ -2,6 +2,7 @@
 
 Repeat i of both asked the same text, so repeats are resampled in pairs. A figure has regressed
 when it is worse by more than the bound and its whole interval is on the worse side of no change.
+Where the interval is not, the loss is not shown: one slow repeat of five can do that.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from bench import metrics
 from bench.load import intervals, markdown, result
 from bench.load.errors import LoadError
 from bench.load.intervals import LEAST_FOR_INTERVAL, Estimate
+from bench.load.server import differing, lasting
 from bench.load.sizes import format_size
 
 # name, whether more is better, whether a regression of it fails
@@ -28,7 +31,10 @@ DEFAULT_BOUND = 0.03
 
 @dataclass(frozen=True)
 class Change:
-    """One figure of one cell. ratio: head over base."""
+    """One figure of one cell, over the repeats that both measured. ratio: head over base.
+
+    not_shown: worse by more than the bound, and more repeats must say whether by chance.
+    """
 
     cell: str
     figure: str
@@ -37,6 +43,12 @@ class Change:
     ratio: Estimate
     worse_by: float
     regressed: bool
+    not_shown: bool
+
+    @property
+    def verdict(self) -> str:
+        """In a word, for the table."""
+        return "**regressed**" if self.regressed else "worse, not shown" if self.not_shown else ""
 
 
 def compare(base: dict[str, Any], head: dict[str, Any], bound: float) -> list[Change]:
@@ -92,14 +104,32 @@ def check_same_workload(base: dict[str, Any], head: dict[str, Any]) -> None:
 
 def notes(base: dict[str, Any], head: dict[str, Any]) -> list[str]:
     """What else differs between the two, for the reader to judge."""
-    found = []
-    for name in ("device", "gpus", "vllm", "series_sha256", "checkpoint_index_sha256"):
-        a, b = base["provenance"][name], head["provenance"][name]
-        if a != b:
-            found.append(f"{name} differs")
+    found = [
+        f"{name} differs: {_shown(a)} in base, {_shown(b)} in head"
+        for name, a, b in differing(_conditions(base), _conditions(head))
+    ]
+    if base["provenance"]["gpus"] != head["provenance"]["gpus"]:
+        found.append("gpus differs")
     if base["provenance"]["date"][:10] != head["provenance"]["date"][:10]:
         found.append("not measured on one day")
     return found
+
+
+def _conditions(one: dict[str, Any]) -> dict[str, Any]:
+    """What may explain a change, by name; of speculation what the cells saw."""
+    counts = {(c["acceptance"] or {}).get("num_speculative_tokens", 0) for c in one["cells"]}
+    names = ("commit", "device", "series_sha256", "checkpoint_sha256", "checkpoint_index_sha256")
+    return (
+        lasting(one["server"])
+        | {"num_speculative_tokens": ", ".join(sorted(map(str, counts)))}
+        | {name: one["provenance"][name] for name in names}
+    )
+
+
+def _shown(value: Any) -> str:
+    """A hash by its beginning."""
+    text = str(value)
+    return text[:12] if len(text) >= 40 and " " not in text else text
 
 
 def table(changes: list[Change]) -> str:
@@ -112,7 +142,7 @@ def table(changes: list[Change]) -> str:
             interval = f"{c.ratio.low - 1:+.1%} to {c.ratio.high - 1:+.1%}"
         rows.append(
             [c.cell, c.figure, f"{c.base:,.2f}", f"{c.head:,.2f}", f"{c.ratio.value - 1:+.1%}"]
-            + [interval, "**regressed**" if c.regressed else ""]
+            + [interval, c.verdict]
         )
     return markdown.table(head, rows)
 
@@ -131,17 +161,12 @@ def _changes(base: dict[str, Any], head: dict[str, Any], bound: float) -> list[C
         if ratio is None:
             continue
         worse_by = (1 / ratio.value if more_is_better else ratio.value) - 1
+        over = gates and worse_by > bound
         whole = ratio.high if more_is_better else ratio.low
         clearly = whole is not None and (whole < 1 if more_is_better else whole > 1)
+        both = [pair for pair in zip(*values, strict=True) if None not in pair]
+        medians = [metrics.median(side) for side in zip(*both, strict=True)]
         found.append(
-            Change(
-                name,
-                figure,
-                base[figure]["value"],
-                head[figure]["value"],
-                ratio,
-                worse_by,
-                gates and worse_by > bound and clearly,
-            )  # fmt: skip
+            Change(name, figure, *medians, ratio, worse_by, over and clearly, over and not clearly)
         )
     return found

@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from bench import provenance
 from bench.load.errors import LoadError
 
 SLO_NAMES = ("ttft_ms", "tpot_ms", "e2el_ms")
@@ -135,9 +136,26 @@ def to_json(config: LoadConfig) -> dict[str, Any]:
 
 def bare_url(url: str) -> str:
     """The URL without a user and a password."""
-    scheme, _, rest = url.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+    return provenance.without_user(url)
+
+
+def check_kept(path: Path, began: LoadConfig, given: LoadConfig) -> None:
+    """Refuse options beside --resume that are not those of the run; the server may have moved.
+
+    Raises:
+        LoadError: says which.
+    """
+    for field in fields(LoadConfig):
+        then, now = getattr(began, field.name), getattr(given, field.name)
+        if field.name != "url" and now not in (field.default, then):
+            raise LoadError(
+                f"{path}: was begun with {field.name} = {_shown(then)}, not {_shown(now)}; "
+                "a resumed run keeps its settings"
+            )
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def from_json(record: dict[str, Any], tokenizer: Path | None) -> LoadConfig:

@@ -17,6 +17,7 @@ _NAMES = {
     "num_draft_tokens": "vllm:spec_decode_num_draft_tokens_total",
     "num_accepted_tokens": "vllm:spec_decode_num_accepted_tokens_total",
 }
+_UNFINISHED = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 _POSITION = re.compile(
     r'^vllm:spec_decode_num_accepted_tokens_per_pos_total\{.*position="(\d+)".*\}\s+(\S+)', re.M
 )
@@ -90,6 +91,17 @@ def read(page: str) -> Counters:
     if positions:
         values["accepted_per_position"] = tuple(positions[i] for i in sorted(positions))
     return Counters(**values)
+
+
+def unfinished(page: str) -> int | None:
+    """Requests that the engine runs or keeps waiting; None where the page does not tell.
+
+    Raises:
+        ValueError: the page is not Prometheus text.
+    """
+    samples = parse_samples(page)
+    told = [samples[name] for name in _UNFINISHED if name in samples]
+    return int(sum(told)) if told else None
 
 
 def from_json(record: dict[str, Any]) -> Counters:

@@ -90,6 +90,8 @@ def warnings(result: dict[str, Any]) -> list[str]:
         found.append("TPOT was still moving after the warm-up.")
     if any(cell["cache"]["contaminated"] is None for cell in result["cells"]):
         found.append("The server does not tell what came from its prefix cache.")
+    if preempted := sum(c["counters"].get("num_preemptions") or 0 for c in result["cells"]):
+        found.append(f"The engine preempted requests {preempted} times: its cache was full.")
     if limits := sorted({r for c in result["cells"] for r in c["throttle_reasons"] or ()}):
         found.append(f"GPU clocks were held down: {', '.join(limits)}.")
     return found

@@ -17,6 +17,8 @@ from bench.load.telemetry import Telemetry, is_local
 REPOSITORY = Path(__file__).resolve().parents[2]
 # A larger checkpoint is known by its index: reading 156 GB would take minutes of disk time.
 MOST_BYTES_HASHED = 1 << 30
+# What a run that goes on must find again, if it was known. Not `dirty`: the journal itself is new.
+_LASTING = ("commit", "series_sha256", "checkpoint_sha256", "checkpoint_index_sha256", "device")
 
 
 def collect(facts: ServerFacts, url: str, telemetry: Telemetry) -> dict[str, Any]:
@@ -35,6 +37,14 @@ def collect(facts: ServerFacts, url: str, telemetry: Telemetry) -> dict[str, Any
         "server": behind.describe(url, REPOSITORY) if local else None,
         "command": provenance.command_line(sys.orig_argv, REPOSITORY),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def lasting(provenance: dict[str, Any]) -> dict[str, Any]:
+    """What two lives of one server share; a GPU's link does not stay, it rests when idle."""
+    gpus = provenance["gpus"] or ()
+    return {name: provenance[name] for name in _LASTING} | {
+        "gpus": [f"{g['name']}, driver {g['driver']}, {g['power_limit_w']:g} W" for g in gpus]
     }
 
 

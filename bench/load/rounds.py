@@ -12,6 +12,7 @@ from bench.load import counters, stream, trace
 from bench.load.config import FOLLOW_UP_TOKENS, Api, Cell, LoadConfig, Mode
 from bench.load.counters import Counters
 from bench.load.errors import ServerUnusable
+from bench.load.prompts import FIT_SLACK
 from bench.load.server import Server
 from bench.load.telemetry import Telemetry
 from bench.load.trace import Trace
@@ -30,6 +31,7 @@ class Round:
 
     primed_tokens: of each prompt, how many were sent before it was measured. energy_j: of all
     GPUs, from the first request sent to the last token. sm_clock_mhz: low, median and high.
+    others: requests that the engine had before the first was sent; None where it does not tell.
     """
 
     cell: int
@@ -41,6 +43,7 @@ class Round:
     energy_j: float | None = None
     throttle_reasons: tuple[str, ...] | None = None
     sm_clock_mhz: dict[str, float] | None = None
+    others: int | None = None
 
 
 def to_json(done: Round) -> dict[str, Any]:
@@ -49,6 +52,7 @@ def to_json(done: Round) -> dict[str, Any]:
         **{k: getattr(done, k) for k in PLAIN},
         "throttle_reasons": done.throttle_reasons and list(done.throttle_reasons),
         "wall_s": round(done.wall_s, 6),
+        "others": done.others,
         "counters": asdict(done.counters),
         "requests": [trace.to_json(t) for t in done.traces],
     }
@@ -60,6 +64,7 @@ def from_json(record: dict[str, Any]) -> Round:
         **{k: record[k] for k in (*PLAIN, "wall_s")},
         throttle_reasons=record["throttle_reasons"] and tuple(record["throttle_reasons"]),
         counters=counters.from_json(record["counters"]),
+        others=record.get("others"),
         traces=tuple(trace.from_json(t) for t in record["requests"]),
     )
 
@@ -108,7 +113,7 @@ class Runner:
         self, number: int, cell: Cell, repeat: int, prompts: list[list[int] | str], primed: int
     ) -> Round:
         bodies = self._encoded(prompts, self.config.output)
-        before = await self.server.counters()
+        before, others = await self.server.settled()
         started = time.monotonic()
         async with self.telemetry.watching() as watch:
             start_s = time.perf_counter()  # after the first sample, however long NVML took
@@ -118,7 +123,7 @@ class Runner:
             failed = next((t.error for t in traces if t.error), "no answer")
             raise ServerUnusable(f"the server went away during a round: {failed}")
         try:
-            moved = (await self.server.counters()).since(before)
+            moved = (await self.server.settled())[0].since(before)
         except ValueError as error:
             raise ServerUnusable(str(error)) from error
         checked = tuple(self._checked(t, cell) for t in traces)
@@ -126,6 +131,7 @@ class Runner:
             number, repeat, checked, moved, primed, wall_s,
             energy_j=watch.energy_j(checked, start_s),
             throttle_reasons=watch.throttle_reasons(), sm_clock_mhz=watch.sm_clock_mhz(),
+            others=others,
         )  # fmt: skip
 
     def _encoded(self, prompts: list[list[int] | str], output: int) -> list[bytes]:
@@ -147,8 +153,10 @@ class Runner:
         if sent.output_tokens != self.config.output:
             error = f"{sent.output_tokens} output tokens; {self.config.output} were asked for"
             return replace(sent, error=error)
-        if self.config.api is Api.COMPLETIONS and sent.prompt_tokens != cell.depth:
+        slack = FIT_SLACK if self.config.api is Api.CHAT else 0
+        if sent.prompt_tokens not in range(cell.depth - slack, cell.depth + 1):
             error = f"the server counted {sent.prompt_tokens} prompt tokens; {cell.depth} were sent"
+            error += f", or up to {slack} fewer" if slack else ""
             return replace(sent, error=error)
         return sent
 

@@ -18,13 +18,13 @@ import uvloop
 
 from bench.load import config as config_module
 from bench.load import corpus, html, markdown, origin, result
-from bench.load.config import Api, Cell, LoadConfig
+from bench.load.config import Api, Cell, LoadConfig, Mode
 from bench.load.errors import LoadError, Unbelievable
 from bench.load.journal import Journal
 from bench.load.progress import Progress, say
 from bench.load.prompts import ChatPrompts, TokenPrompts
 from bench.load.rounds import MakePrompt, Runner
-from bench.load.server import Server, ServerFacts, same_service
+from bench.load.server import Server, ServerFacts, differing, lasting
 from bench.load.sizes import format_size
 from bench.load.telemetry import Telemetry
 from bench.load.warmup import warm_up
@@ -150,6 +150,7 @@ def rehearse(config: LoadConfig, api_key: str | None) -> str:
         async with session(config.timeout_s, api_key) as opened:
             server = Server(opened, config.url)
             facts = await server.facts(config.model)
+            check_mode(config, facts)
             cells = config.cells(facts.window)
             await make_prompts(server, facts, config, cells)
             return cells
@@ -164,6 +165,31 @@ def rehearse(config: LoadConfig, api_key: str | None) -> str:
     return markdown.table(head, rows) + "\n\nWarm-up and priming come on top. Nothing was sent."
 
 
+def check_mode(config: LoadConfig, facts: ServerFacts) -> None:
+    """Refuse to measure a prefix cache that is off.
+
+    Raises:
+        LoadError: mode warm or followup, and the server says so.
+    """
+    if config.mode is not Mode.COLD and facts.prefix_caching is False:
+        raise LoadError(f"mode {config.mode}: the server's prefix cache is off")
+
+
+def check_same(resumed: Journal, header: dict[str, Any]) -> None:
+    """Refuse to go on with the rounds of another server.
+
+    Raises:
+        LoadError: says what differs, then and now.
+    """
+    found = [
+        *differing(lasting(resumed.header["server"]), lasting(header["server"])),
+        *differing(*(origin.lasting(one["provenance"]) for one in (resumed.header, header))),
+    ]
+    if found:
+        told = "; ".join(f"{name} = {then}, now {now}" for name, then, now in found)
+        raise LoadError(f"{resumed.path}: was begun on another server: {told}")
+
+
 async def measure(
     config: LoadConfig, files: Files, api_key: str | None, resumed: Journal | None
 ) -> dict[str, Any]:
@@ -175,24 +201,21 @@ async def measure(
     async with session(config.timeout_s, api_key) as opened:
         server = Server(opened, config.url)
         facts = await server.facts(config.model)
+        check_mode(config, facts)
         cells = config.cells(facts.window)
         telemetry = Telemetry.for_url(config.url)
+        header = {
+            "config": config_module.to_json(config),
+            "server": facts.to_json(),
+            "provenance": origin.collect(facts, config.url, telemetry),
+        }
+        if resumed is not None:
+            check_same(resumed, header)
         make = await make_prompts(server, facts, config, cells)
         runner = Runner(server, facts.model, config, make, telemetry)
-        if resumed is not None and not same_service(resumed.header["server"], facts.to_json()):
-            raise LoadError(
-                f"{resumed.path}: was begun on {resumed.header['server']}; "
-                f"this server is {facts.to_json()}"
-            )
         warmed = await warm_up(runner, cells, say)
         journal = resumed or Journal.start(
-            files.journal,
-            {
-                "config": config_module.to_json(config),
-                "server": facts.to_json(),
-                "provenance": origin.collect(facts, config.url, telemetry),
-                "warm_up": [asdict(w) for w in warmed],
-            },
+            files.journal, header | {"warm_up": [asdict(w) for w in warmed]}
         )
         left = [step for step in plan(len(cells), config.repeats) if not journal.has(*step)]
         progress = Progress(cells, left)
@@ -223,6 +246,7 @@ def run(
     if resume is not None:
         journal = Journal.load(resume)
         recorded = config_module.from_json(journal.header["config"], config.tokenizer)
+        config_module.check_kept(resume, recorded, config)
         config = replace(recorded, url=config.url if config.url != LoadConfig.url else recorded.url)
         output = resume.with_name(resume.name.removesuffix(".rounds.jsonl") + ".json")
     files = Files(output)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,14 @@ from typing import Any
 import aiohttp
 
 from bench.load import counters
+from bench.load.config import bare_url
 from bench.load.counters import Counters
 from bench.load.errors import LoadError, ServerUnusable
 
 ASK_TIMEOUT_S = 120.0
+# The engine tells of a request's end with its next statistics; a round waits so long for them.
+SETTLE_S = 2.0
+SETTLE_STEP_S = 0.05
 _CACHE_CONFIG = re.compile(r"^vllm:cache_config_info\{(.*)\} ", re.M)
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 _CACHE_LABELS = (
@@ -27,13 +33,18 @@ _FOUND_AT_START = ("kv_cache_size_tokens", "num_gpu_blocks")
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """One served model. root: the checkpoint's folder or name as the server has it."""
+    """One served model.
+
+    root: the checkpoint's folder or name as the server has it. num_speculative_tokens: 0 without
+    speculation, None where the server does not tell.
+    """
 
     model: str
     window: int
     version: str | None
     cache: dict[str, str] | None
     root: str | None
+    num_speculative_tokens: int | None = None
 
     @property
     def prefix_caching(self) -> bool | None:
@@ -49,16 +60,21 @@ class ServerFacts:
             "version": self.version,
             "cache": self.cache,
             "checkpoint": Path(self.root).name if self.root else None,
+            "num_speculative_tokens": self.num_speculative_tokens,
         }
 
 
-def same_service(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether two `ServerFacts.to_json` are of one service, perhaps of two lives of it."""
-    lasting = [
-        one | {"cache": {k: v for k, v in (one["cache"] or {}).items() if k not in _FOUND_AT_START}}
-        for one in (a, b)
-    ]
-    return lasting[0] == lasting[1]
+def lasting(facts: dict[str, Any]) -> dict[str, Any]:
+    """What of `ServerFacts.to_json` two lives of one service share, the cache's labels by name."""
+    labels = (facts["cache"] or {}).items()
+    return {name: value for name, value in facts.items() if name != "cache"} | {
+        f"cache {name}": value for name, value in labels if name not in _FOUND_AT_START
+    }
+
+
+def differing(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(name, in a, in b) of every entry that is not the same."""
+    return [(k, a.get(k), b.get(k)) for k in a | b if a.get(k) != b.get(k)]
 
 
 class Server:
@@ -66,7 +82,8 @@ class Server:
 
     def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
         self.session = session
-        self.url = url.rstrip("/")
+        self.url = base_url(url)
+        self._shown = bare_url(self.url)
 
     async def facts(self, model: str | None) -> ServerFacts:
         """Read the model, its window, the version and the cache's settings.
@@ -79,7 +96,7 @@ class Server:
         try:
             listed = {entry["id"]: entry for entry in json.loads(answer)["data"]}
         except (ValueError, KeyError, TypeError) as error:
-            raise ServerUnusable(f"{self.url}/v1/models: no list of models: {error}") from error
+            raise ServerUnusable(f"{self._shown}/v1/models: no list of models: {error}") from error
         name = model or next(iter(listed), None)
         if name not in listed:
             raise LoadError(f"model {name}: the server has {', '.join(listed) or 'none'}")
@@ -94,15 +111,25 @@ class Server:
             version=_json_field(version, "version"),
             cache=_cache_labels(page),
             root=listed[name].get("root"),
+            num_speculative_tokens=_num_speculative_tokens(page),
         )
 
     async def counters(self) -> Counters:
         """Read the engine's counters; all None where there is no /metrics page."""
-        page = await self._optional("/metrics")
-        try:
-            return counters.read(page) if page else Counters()
-        except ValueError as error:
-            raise LoadError(str(error)) from error
+        return _read(await self._optional("/metrics"))
+
+    async def settled(self) -> tuple[Counters, int | None]:
+        """The counters, and how many requests the engine still has after a wait for none.
+
+        None where it does not tell.
+        """
+        until = time.monotonic() + SETTLE_S
+        while True:
+            page = await self._optional("/metrics")
+            left = counters.unfinished(page or "")
+            if not left or time.monotonic() > until:
+                return _read(page), left
+            await asyncio.sleep(SETTLE_STEP_S)
 
     async def is_up(self) -> bool:
         """Whether it still answers."""
@@ -121,9 +148,9 @@ class Server:
     async def _get(self, path: str) -> str:
         status, text = await self._ask("GET", path, None)
         if status in (401, 403):
-            raise ServerUnusable(f"{self.url}{path}: HTTP {status}: the key is wrong or missing")
+            raise ServerUnusable(f"{self._shown}{path}: HTTP {status}: the key is wrong or missing")
         if status != 200:
-            raise ServerUnusable(f"{self.url}{path}: HTTP {status}: {text.strip()[:200]}")
+            raise ServerUnusable(f"{self._shown}{path}: HTTP {status}: {text.strip()[:200]}")
         return text
 
     async def _optional(self, path: str) -> str | None:
@@ -136,7 +163,7 @@ class Server:
     async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         status, text = await self._ask("POST", path, body)
         if status != 200:
-            raise ServerUnusable(f"{self.url}{path}: HTTP {status}: {text.strip()[:200]}")
+            raise ServerUnusable(f"{self._shown}{path}: HTTP {status}: {text.strip()[:200]}")
         return json.loads(text)
 
     async def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, str]:
@@ -148,8 +175,33 @@ class Server:
                 return answer.status, await answer.text()
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise ServerUnusable(
-                f"{self.url}{path}: no server: {type(error).__name__}: {error}"
+                f"{self._shown}{path}: no server: {type(error).__name__}: {error}"
             ) from error
+
+
+def base_url(url: str) -> str:
+    """Where the routes begin: many name a server by its /v1."""
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def _read(page: str | None) -> Counters:
+    try:
+        return counters.read(page) if page else Counters()
+    except ValueError as error:
+        raise LoadError(str(error)) from error
+
+
+def _num_speculative_tokens(page: str | None) -> int | None:
+    """As many as there are counters by position: the engine makes all of them when it starts."""
+    try:
+        known = counters.read(page or "")
+    except ValueError:
+        return None
+    if known == Counters():
+        return None
+    if known.num_drafts is None:
+        return 0
+    return len(known.accepted_per_position or ()) or None
 
 
 def _json_field(text: str | None, name: str) -> str | None:

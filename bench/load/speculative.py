@@ -120,13 +120,24 @@ def run(
     return _measure(config, output, plan, api_key, start)
 
 
-def resume(path: Path, api_key: str | None = None, start: Launch = launch) -> str:
+def resume(
+    path: Path,
+    api_key: str | None = None,
+    start: Launch = launch,
+    *,
+    given: LoadConfig | None = None,
+) -> str:
     """Go on with what `run` began: arms that are measured stay, one that was cut short goes on.
 
+    Args:
+        given: what stands beside --resume.
     Raises:
-        LoadError: no such file, not one of `run`, or an arm that must not be believed.
+        LoadError: no such file, not one of `run`, other settings, or an arm that must not be
+            believed.
     """
     config, plan = _read(path)
+    if given is not None:
+        config_module.check_kept(path, config, given)
     output = path.with_name(path.name.removesuffix(SUFFIX) + ".json")
     return _measure(config, output, plan, api_key, start)
 

@@ -18,6 +18,8 @@ import msgspec
 
 from bench.load.trace import Chunk, Kind, Speculation, Trace
 
+DONE = b"[DONE]"
+
 
 def encode(body: dict[str, Any]) -> bytes:
     """The bytes of a request; made before the clock starts, as half a million ids take a while."""
@@ -103,6 +105,8 @@ class Stream:
 
     def trace(self, sent_s: float, error: str | None) -> Trace:
         """What came, and why it does not count where it does not."""
+        if self._rest.removeprefix(b"data:").strip() == DONE:  # the last line need not end
+            self._ended = True
         details = self._usage.get("prompt_tokens_details") or {}
         return Trace(
             sent_s=sent_s,
@@ -125,12 +129,12 @@ class Stream:
         return None
 
     def _event(self, payload: bytes, at_s: float) -> None:
-        if payload == b"[DONE]":
+        if payload == DONE:
             self._ended = True
             return
         try:
             event = msgspec.json.decode(payload)  # a quarter of the time of json's
-            if "error" in event:
+            if "error" in event and event["error"] is not None:
                 failure = event["error"]
                 message = failure.get("message") if isinstance(failure, dict) else failure
                 self.error = f"error in the stream: {message}"

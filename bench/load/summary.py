@@ -108,7 +108,7 @@ def summarize(cell: Cell, done: Sequence[Round], config: LoadConfig) -> dict[str
         "throttle_reasons": _throttle_reasons(ordered),
         "repeats": repeats,
     }
-    entry["problems"] = problems(entry, config)
+    entry["problems"] = problems(entry, config, ordered)
     entry["rounds"] = [rounds.to_json(r) for r in ordered]
     return entry
 
@@ -116,10 +116,10 @@ def summarize(cell: Cell, done: Sequence[Round], config: LoadConfig) -> dict[str
 def acceptance(moved: Counters, traces: Sequence[Trace]) -> dict[str, Any] | None:
     """From the engine's counters, and from each request's own where the server sends them.
 
-    None where the server exports neither.
+    None where the server exports neither, or the second with some requests only.
     """
     told = [t.speculation for t in traces if t.speculation]
-    if moved.num_drafts is None and not told:
+    if moved.num_drafts is None and (not told or len(told) < sum(not t.error for t in traces)):
         return None
     source = "counters"
     drafts, drafted = moved.num_drafts, moved.num_draft_tokens
@@ -162,12 +162,13 @@ def cache(done: Sequence[Round], mode: Mode) -> dict[str, Any]:
     """What came from the prefix cache, and whether the mode allows it.
 
     contaminated: in cold mode more than 1 % of a prompt was cached; in the others less than what
-    was primed. None where the server does not tell.
+    was primed, or nothing. None where the server does not tell.
     """
     pairs = [(r, t) for r in done for t in r.traces if not t.error]
     shares = [metrics.cached_share(t.prompt_tokens, t.cached_tokens) for _, t in pairs]
     measured = [share for share in shares if share is not None]
-    if not measured and mode is Mode.COLD:  # usage does not tell; the engine's counters do
+    by_request = bool(measured)
+    if not by_request:  # usage does not tell; the engine's counters do
         counted = [
             metrics.cached_share(r.counters.prefix_cache_queries, r.counters.prefix_cache_hits)
             for r in done
@@ -177,12 +178,15 @@ def cache(done: Sequence[Round], mode: Mode) -> dict[str, Any]:
     if measured:
         if mode is Mode.COLD:
             bad = max(measured) > CONTAMINATED_SHARE
+        elif by_request:
+            bad = any(
+                t.cached_tokens is not None and t.cached_tokens < _least_cached(r) for r, t in pairs
+            )
         else:
             bad = any(
-                t.cached_tokens is not None
-                and t.cached_tokens
-                < (1 - CONTAMINATED_SHARE) * r.primed_tokens - CACHE_SLACK_TOKENS
-                for r, t in pairs
+                r.counters.prefix_cache_hits < len(r.traces) * _least_cached(r)
+                for r in done
+                if r.counters.prefix_cache_hits is not None
             )
     return {
         "mode": mode.value,
@@ -193,7 +197,12 @@ def cache(done: Sequence[Round], mode: Mode) -> dict[str, Any]:
     }
 
 
-def problems(entry: dict[str, Any], config: LoadConfig) -> list[str]:
+def _least_cached(done: Round) -> float:
+    """Cached tokens that each prompt of a primed round must have."""
+    return max(1, (1 - CONTAMINATED_SHARE) * done.primed_tokens - CACHE_SLACK_TOKENS)
+
+
+def problems(entry: dict[str, Any], config: LoadConfig, done: Sequence[Round]) -> list[str]:
     """Why a cell must not be believed; a run with any of them fails."""
     found = []
     if entry["num_failed"]:
@@ -210,13 +219,32 @@ def problems(entry: dict[str, Any], config: LoadConfig) -> list[str]:
             else f"contaminated: {share:.1%} of a prompt at most came from the prefix cache; "
             f"{entry['cache']['primed_tokens']} of {entry['depth']} tokens were primed"
         )
+    if entry["cache"]["contaminated"] is None and config.mode is not Mode.COLD:
+        found.append(
+            f"mode {config.mode}: the server does not tell what came from its prefix cache"
+        )
     found += _speculation_problems(entry["acceptance"], config.speculation.value)
+    telling = sum(r.counters.num_drafts is not None for r in done)
+    if 0 < telling < len(done):
+        found.append(f"speculation: {telling} of {len(done)} rounds have counters of drafts")
+    return found + [f"other traffic: {told}" for told in _other_traffic(entry, config, done)]
+
+
+def _other_traffic(entry: dict[str, Any], config: LoadConfig, done: Sequence[Round]) -> list[str]:
+    """What the engine did that this run did not ask for."""
+    found = []
     generated = entry["counters"]["generation_tokens"]
     asked = entry["num_requests"] * config.output
     if generated is not None and not entry["num_failed"] and generated > asked:
-        found.append(
-            f"other traffic: the engine generated {generated} tokens and this run asked for {asked}"
-        )
+        found.append(f"the engine generated {generated} tokens and this run asked for {asked}")
+    looked_up = entry["counters"]["prefix_cache_queries"]
+    sent = sum(t.prompt_tokens or 0 for r in done for t in r.traces)
+    if looked_up is not None and not entry["num_failed"] and looked_up > sent:
+        found.append(f"the engine took in {looked_up} prompt tokens and this run sent {sent}")
+    if entry["acceptance"] and entry["acceptance"]["requests_agree"] is False:
+        found.append("the engine accepted other drafts than those of this run's requests")
+    if waiting := max((r.others or 0 for r in done), default=0):
+        found.append(f"the engine had {waiting} requests before a round began")
     return found
 
 

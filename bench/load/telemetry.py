@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from bench import metrics
+from bench.load import behind
 from bench.load.trace import Trace
 
 SAMPLE_S = 0.1
@@ -153,14 +154,13 @@ class Telemetry:
 
 
 def is_local(url: str) -> bool:
-    """Whether the server's address is of this machine's loopback."""
+    """Whether the server's address is of this machine's loopback, and no tunnel to another."""
     host = urlsplit(url).hostname or ""
-    if host == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+    return loopback and not behind.is_forwarded(url)
 
 
 def _text(value: str | bytes) -> str:

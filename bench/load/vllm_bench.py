@@ -23,7 +23,7 @@ from bench.load import run as run_module
 from bench.load.config import Api, Cell, LoadConfig, Mode
 from bench.load.errors import LoadError, ServerUnusable, Unbelievable
 from bench.load.progress import cell_name, say
-from bench.load.server import Server, ServerFacts
+from bench.load.server import Server, ServerFacts, base_url
 from bench.load.telemetry import Telemetry
 from bench.report import write_result
 
@@ -65,7 +65,7 @@ def command(
         raise LoadError("--engine vllm needs --tokenizer: it makes its prompts itself")
     asked = {
         "backend": "openai",
-        "base-url": config.url,
+        "base-url": base_url(config.url),
         "model": facts.model,
         "tokenizer": tokenizer,
         "random-input-len": cell.depth,

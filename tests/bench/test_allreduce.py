@@ -30,7 +30,7 @@ for kib in (8, 16, 32, 64, 128, 256, 512):
     line = {"num_bytes": 1024 * kib, "median_us": 5.0 + kib, "p99_us": 9.0 + kib}
     print(json.dumps(line | {"right": arm != "host-pinned" or kib < 512}), flush=True)
 """
-TIMEOUT_S = 2.5
+TIMEOUT_S = 5.0  # of which the start of two processes takes little, on a busy machine too
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_an_arm_that_hangs_or_fails_keeps_its_sizes_and_the_next_one_runs(fake, 
     assert {name: arm["error"] for name, arm in arms.items()} == {
         "copy": None,
         "peer-push": None,
-        "vllm-custom": "no end within 2.5 s",
+        "vllm-custom": "no end within 5 s",
         "nccl-p2p": "status 1: RuntimeError: no peer access",
         "host-pinned": "a sum was wrong",
         "nccl-shm": None,
@@ -69,10 +69,10 @@ def test_an_arm_that_hangs_or_fails_keeps_its_sizes_and_the_next_one_runs(fake, 
     assert not any(map(is_running, fake()))
     printed = capsys.readouterr()
     assert "bench.allreduce: 3/6 vllm-custom: 8 KB: 13.0 us\n" in printed.err
-    assert "bench.allreduce: 3/6 vllm-custom: no end within 2.5 s\n" in printed.err
+    assert "bench.allreduce: 3/6 vllm-custom: no end within 5 s\n" in printed.err
     assert "| vllm-custom | 13.0 / 17.0 | - | - |" in printed.out
     assert "| 261.0 / 265.0 | wrong |" in printed.out
-    assert "\nvllm-custom: no end within 2.5 s\n" in printed.out
+    assert "\nvllm-custom: no end within 5 s\n" in printed.out
 
 
 def test_what_is_measured_is_written_before_the_next_arm_begins(fake, tmp_path, monkeypatch):
@@ -93,9 +93,9 @@ def test_a_process_that_does_not_die_is_named_and_left(fake, monkeypatch):
     kill = os.killpg
     monkeypatch.setattr(arm_processes.os, "killpg", lambda *_: None)
     monkeypatch.setattr(arm_processes, "END_S", 0.2)
-    found = allreduce.run_arm("vllm-custom", (0, 0), print, 1.0)
+    found = allreduce.run_arm("vllm-custom", (0, 0), print, 3.0)
     leader, _ = fake()
-    assert found["error"] == f"no end within 1 s; process {leader} does not die"
+    assert found["error"] == f"no end within 3 s; process {leader} does not die"
     assert list(found["sizes"]) == ["8192"]
     kill(leader, signal.SIGKILL)
 
@@ -111,7 +111,7 @@ def test_the_ranks_die_with_the_benchmark(tmp_path):
     pid = int(wait_until(lambda: (path := tmp_path / "pid").exists() and path.read_text(), "a pid"))
     os.kill(parent, signal.SIGKILL)
     os.waitpid(parent, 0)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not is_running(pid)

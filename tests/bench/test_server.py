@@ -20,7 +20,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 
 
-def start(code: str, log: Path, timeout_s: float = 20.0):
+def start(code: str, log: Path, timeout_s: float = 60.0):
     port = free_port()
     command = [sys.executable, "-c", code, str(port)]
     return running_server(command, f"http://127.0.0.1:{port}", log, timeout_s)
@@ -36,7 +36,7 @@ def is_alive(pid: int) -> bool:
 
 
 def wait_until_dead(pid: int) -> bool:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while is_alive(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     return not is_alive(pid)
@@ -72,8 +72,8 @@ def test_a_server_that_ends_early_shows_its_status_and_the_end_of_its_log(tmp_pa
 def test_a_server_that_never_answers_is_given_up_and_killed(tmp_path):
     code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
     with (
-        pytest.raises(ServerError, match="no answer within 1 s"),
-        start(code, tmp_path / "log", timeout_s=1.0),
+        pytest.raises(ServerError, match="no answer within 3 s"),
+        start(code, tmp_path / "log", timeout_s=3.0),
     ):
         pass
     assert wait_until_dead(int((tmp_path / "log").read_text()))

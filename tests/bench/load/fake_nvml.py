@@ -1,6 +1,7 @@
 """What `bench.load.telemetry` asks of NVML, without a GPU."""
 
 import time
+from collections.abc import Callable
 
 
 class FakeNvml:
@@ -9,15 +10,20 @@ class FakeNvml:
     NVML_CLOCK_SM, NVML_CLOCK_MEM = 1, 2
     NVMLError = RuntimeError
 
-    def __init__(self, counts: bool = True, slow_s: float = 0.0) -> None:
-        self.counts = counts
+    def __init__(
+        self,
+        counts: bool = True,
+        slow_s: float = 0.0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.counts, self.clock = counts, clock
         self.slow_s = slow_s  # of one call
 
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: int) -> int:  # noqa: N802
         """Of 1 and 2 kW: not what the power says, which lags."""
         if not self.counts:
             raise self.NVMLError
-        return round(1_000_000 * handle * time.perf_counter())
+        return round(1_000_000 * handle * self.clock())
 
     def nvmlDeviceGetClockInfo(self, handle: int, which: int) -> int:  # noqa: N802
         assert which == self.NVML_CLOCK_SM

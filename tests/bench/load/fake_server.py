@@ -10,6 +10,7 @@ import asyncio
 import json
 import time
 import zlib
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -50,6 +51,7 @@ class FakeServer:
     error_at: int | None = None
     malformed_at: int | None = None
     truncated_at: int | None = None
+    turn: Callable[[], Awaitable[None]] | None = None  # awaited before each chunk
     blocks: set[int] = field(default_factory=set)
     bodies: list[dict] = field(default_factory=list)
     written: list[list[float]] = field(default_factory=list)
@@ -167,6 +169,8 @@ async def _answer(server: FakeServer, request: web.Request, chat: bool) -> web.S
         await asyncio.sleep(max(0, start + server.ttft_s + index * gap - time.perf_counter()))
         while time.perf_counter() < server.busy_until:
             await asyncio.sleep(server.busy_until - time.perf_counter())
+        if server.turn is not None:
+            await server.turn()
         if index == 1 and number == server.error_at:
             await send({"error": {"message": "engine died", "code": 500}})
             return response

@@ -46,7 +46,7 @@ def listening(tmp_path):
         assert process.stdout.readline() == b"ready\n"
         yield port, process
     finally:
-        process.communicate(b"\n", timeout=10)
+        process.communicate(b"\n", timeout=60)
 
 
 def test_commands_and_variables_are_those_of_the_listener_and_its_engine(listening):

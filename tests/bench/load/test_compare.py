@@ -92,3 +92,46 @@ def test_another_machine_is_pointed_out(write, capsys):
     other["provenance"]["device"] = "another CPU"
     assert main(["compare", write("a.json", make_result()), write("b.json", other)]) == 0
     assert "note: device differs" in capsys.readouterr().out
+
+
+def test_a_loss_that_the_repeats_do_not_show_is_said(write, capsys):
+    base = write("a.json", make_result(noise=(1.0, 1.01, 0.99, 1.0, 2.0)))
+    head = write("b.json", make_result(1.3, noise=(1.0, 1.01, 0.99, 1.0, 1.0)))
+    assert main(["compare", base, head]) == 0
+    said = capsys.readouterr().out
+    assert said.count("| worse, not shown |") == 6  # three figures of two cells
+    assert "note: worse by more than 3.0%, not shown: ttft_ms at 991 x 1 by 30.0%" in said
+    assert "more repeats would tell" in said
+
+
+def test_what_is_worse_within_the_bound_is_no_loss(write, capsys):
+    base = write("a.json", make_result(noise=(1.0, 1.01, 0.99, 1.0, 2.0)))
+    head = write("b.json", make_result(1.3, noise=(1.0, 1.01, 0.99, 1.0, 1.0)))
+    assert main(["compare", base, head, "--max-regression", "50%"]) == 0
+    assert "not shown" not in capsys.readouterr().out
+
+
+def test_what_else_differs_is_named_with_both_values(write, capsys):
+    other = make_result(mtp=True)
+    other["server"] |= {
+        "model": "m", "window": 8192, "checkpoint": "c", "cache": {"cache_dtype": "fp8"},
+    }  # fmt: skip
+    other["provenance"]["commit"] = "d" * 40
+    assert main(["compare", write("a.json", make_result()), write("b.json", other)]) == 0
+    said = capsys.readouterr().out
+    for line in (
+        "model differs: fake in base, m in head",
+        "window differs: 4096 in base, 8192 in head",
+        "checkpoint differs: None in base, c in head",
+        "cache cache_dtype differs: None in base, fp8 in head",
+        "num_speculative_tokens differs: 0 in base, 1 in head",
+        "commit differs: cccccccccccc in base, dddddddddddd in head",
+    ):
+        assert f"note: {line}\n" in said
+
+
+def test_medians_are_of_the_repeats_that_are_compared():
+    base = make_result(noise=(1.0, 1.0, 1.0, 1.0, 1.0))
+    head = make_result(noise=(1.0, 1.0, 1.0, 1.0, 1.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0))
+    for change in compare.compare(base, head, 0.03):
+        assert change.head / change.base == pytest.approx(change.ratio.value)

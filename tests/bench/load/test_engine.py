@@ -22,7 +22,7 @@ def serve(folder: Path, num_speculative_tokens: int):
 
 def test_both_arms_are_measured_and_acceptance_is_the_engines(tmp_path, capsys):
     options = ["--context", "2k", "--streams", "2", "--output", "48", "--repeats", "3"]
-    options += ["--compare-speculative", "--profile", "cpu-tiny", "--start-timeout-s", "240"]
+    options += ["--compare-speculative", "--profile", "cpu-tiny", "--start-timeout-s", "600"]
     assert main(["run", *options, "--result", str(tmp_path / "x.json")]) == 0
     base, mtp = (result.read(tmp_path / f"x-{name}.json") for name in ("no-mtp", "mtp"))
     for one in (base, mtp):

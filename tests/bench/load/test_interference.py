@@ -22,16 +22,17 @@ def blocking(**changes) -> FakeServer:
 
 
 def test_the_stall_of_a_known_prefill_is_found(tmp_path, capsys):
-    status, result = measure(blocking(), tmp_path / "r.json")
+    server = blocking(gap_s=0.01, long_ttft_s=0.5)
+    status, result = measure(server, tmp_path / "r.json", "--output", "41")
     assert status == 0
     summary = result["summary"]
-    assert summary["long_ttft_ms"]["value"] == pytest.approx(200, abs=20)
+    assert summary["long_ttft_ms"]["value"] == pytest.approx(500, abs=150)
     gap = summary["stream_longest_gap_ms"]
-    assert gap["alone"]["value"] < 30
-    assert gap["beside"]["value"] == pytest.approx(200, abs=25)
+    assert gap["alone"]["value"] < 150
+    assert gap["beside"]["value"] == pytest.approx(500, abs=150)
     newcomer = summary["newcomer_ttft_ms"]
-    assert newcomer["alone"]["value"] == pytest.approx(20, abs=12)
-    assert newcomer["beside"]["value"] == pytest.approx(150, abs=25)  # sent 50 ms later
+    assert newcomer["alone"]["value"] < 150
+    assert newcomer["beside"]["value"] == pytest.approx(450, abs=150)  # sent 50 ms later
     assert newcomer["ratio"]["low"] > 3
     assert summary["met_prefill"] == [True] * 5
     assert "beside a long prefill" in capsys.readouterr().out
@@ -39,10 +40,11 @@ def test_the_stall_of_a_known_prefill_is_found(tmp_path, capsys):
 
 def test_a_server_that_does_not_stall_shows_no_stall(tmp_path):
     """The long prompt takes as long, and nobody waits for it."""
-    server = blocking(long_tokens=None, ttft_s=0.1)
-    _, result = measure(server, tmp_path / "r.json")
+    server = blocking(long_tokens=None, ttft_s=0.2, gap_s=0.03)
+    options = ["--output", "21", "--repeats", "3"]
+    _, result = measure(server, tmp_path / "r.json", *options)
     assert result["summary"]["stream_longest_gap_ms"]["ratio"]["value"] < 3
-    assert result["summary"]["newcomer_ttft_ms"]["ratio"]["value"] == pytest.approx(1, abs=0.15)
+    assert result["summary"]["newcomer_ttft_ms"]["ratio"]["value"] == pytest.approx(1, abs=0.3)
 
 
 def test_a_stream_that_ends_before_the_prefill_fails_the_run(tmp_path, capsys):

@@ -13,7 +13,7 @@ from bench.load.config import Api, LoadConfig, Mode, Speculation
 from bench.load.errors import LoadError, ServerUnusable, Unbelievable
 from bench.load.journal import Journal
 from bench.load.prompts import TokenPrompts
-from bench.load.server import same_service
+from bench.load.server import lasting
 from bench.load.telemetry import Telemetry
 from tests.bench.load.fake_nvml import FakeNvml
 from tests.bench.load.fake_server import FakeServer, serving
@@ -42,35 +42,50 @@ def measured_badly(server: FakeServer, output, config: LoadConfig = CONFIG, **ch
     ("tokens_per_chunk", "first"), [(1, 1), (2, 1), (3, 3)], ids=["plain", "mtp", "three"]
 )
 def test_known_delays_are_recovered(output, tokens_per_chunk, first):
+    """Up to what this machine added to them, which is a few ms where it is not busy."""
     server = FakeServer(
-        ttft_s=0.12, gap_s=0.015, tokens_per_chunk=tokens_per_chunk, first_chunk_tokens=first
+        ttft_s=0.3, gap_s=0.06, tokens_per_chunk=tokens_per_chunk, first_chunk_tokens=first
     )
-    cell = measure(server, output)["cells"][0]
-    chunks = len(server.split(41))
-    decode_s = (chunks - 1) * 0.015
-    assert cell["ttft_ms"]["value"] == pytest.approx(120, abs=12)
-    assert cell["e2el_ms"]["value"] == pytest.approx(120 + decode_s * 1000, rel=0.04)
-    assert cell["tpot_ms"]["value"] == pytest.approx(decode_s * 1000 / 40, rel=0.05)
-    assert cell["itl_ms"]["p50"] == pytest.approx(15, abs=1.5)
+    config = replace(CONFIG, output=10, max_warm_up_rounds=0)
+    cell = measure(server, output, config)["cells"][0]
+    chunks = len(server.split(10))
+    decode_s = (chunks - 1) * 0.06
+    late_s = 0.001
+    for done in cell["rounds"]:
+        sent_s = [request["sent_s"] for request in done["requests"]]
+        for request in done["requests"]:
+            for number, (at_s, _, _) in enumerate(request["chunks"]):
+                assert at_s - request["sent_s"] > 0.3 + number * 0.06  # never before it was written
+                late_s = max(late_s, at_s - min(sent_s) - 0.3 - number * 0.06)
+    late_wall_s = max(done["wall_s"] for done in cell["rounds"]) - 0.3 - decode_s
+    assert cell["ttft_ms"]["value"] == pytest.approx(300, abs=1000 * late_s)
+    assert cell["e2el_ms"]["value"] == pytest.approx(300 + decode_s * 1000, abs=1000 * late_s)
+    assert cell["tpot_ms"]["value"] * 9 == pytest.approx(decode_s * 1000, abs=1000 * late_s)
+    assert cell["itl_ms"]["p50"] == pytest.approx(60, abs=1000 * late_s)
     assert cell["itl_ms"]["num"] == 6 * (chunks - 1)
-    assert cell["itl_per_token_ms"]["p50"] == pytest.approx(15 / tokens_per_chunk, abs=1)
-    assert cell["itl_per_token_ms"]["num"] == 6 * (41 - first)
-    assert cell["decode_tok_s"]["value"] == pytest.approx(40 / decode_s, rel=0.05)
-    assert cell["output_throughput"]["value"] == pytest.approx(82 / (0.12 + decode_s), rel=0.05)
-    assert cell["overlap_tok_s"]["value"] == pytest.approx(2 * (41 - first) / decode_s, rel=0.15)
-    assert cell["prefill_tok_s"]["value"] == pytest.approx(259 / 0.12, rel=0.1)
+    itl_ms = cell["itl_per_token_ms"]["p50"] * tokens_per_chunk
+    assert itl_ms == pytest.approx(60, abs=1000 * late_s)
+    assert cell["itl_per_token_ms"]["num"] == 6 * (10 - first)
+    assert 9 / cell["decode_tok_s"]["value"] == pytest.approx(decode_s, abs=late_s)
+    wall_s = 20 / cell["output_throughput"]["value"]
+    assert wall_s == pytest.approx(0.3 + decode_s, abs=late_wall_s)
+    overlap_s = 2 * (10 - first) / cell["overlap_tok_s"]["value"]
+    assert overlap_s == pytest.approx(decode_s, abs=0.15 * decode_s + late_s)  # a chunk may be out
+    assert 290 / cell["prefill_tok_s"]["value"] == pytest.approx(0.3, abs=late_s)
     assert cell["acceptance"] is None
     assert cell["energy_j_per_token"] is None
 
 
 def test_chunks_are_timed_when_the_server_wrote_them(output):
-    server = FakeServer(gap_s=0.004)
-    rounds = measure(server, output, streams=(1,), max_warm_up_rounds=0)["cells"][0]["rounds"]
+    gap_s = 0.04
+    server = FakeServer(gap_s=gap_s)
+    config = replace(CONFIG, streams=(1,), output=21, repeats=1, max_warm_up_rounds=0)
+    rounds = measure(server, output, config)["cells"][0]["rounds"]
     for done, written in zip(rounds, server.written, strict=True):
         (request,) = done["requests"]
         seen = [at for at, _, _ in request["chunks"]]
         late = [(at - seen[0]) - (w - written[0]) for at, w in zip(seen, written, strict=True)]
-        assert sorted(map(abs, late))[len(late) // 2] < 0.002
+        assert sorted(map(abs, late))[len(late) // 2] < gap_s / 2
 
 
 def test_the_result_fits_its_schema_and_has_its_provenance(output):
@@ -196,12 +211,13 @@ def test_traffic_of_others_is_noticed(output):
 
 
 def test_chats_are_fitted_to_the_servers_own_count(output):
-    server = FakeServer(reasoning_chunks=3, gap_s=0.01)
-    cell = measure(server, output, api=Api.CHAT)["cells"][0]
+    server = FakeServer(reasoning_chunks=3, gap_s=0.04)
+    config = replace(CONFIG, api=Api.CHAT, repeats=1, max_warm_up_rounds=0)
+    cell = measure(server, output, config)["cells"][0]
     told = {r["prompt_tokens"] for done in cell["rounds"] for r in done["requests"]}
     assert all(251 <= tokens <= 259 for tokens in told)
     later = cell["time_to_first_content_ms"]["value"] - cell["ttft_ms"]["value"]
-    assert later == pytest.approx(30, abs=5)
+    assert later == pytest.approx(120, abs=35)
 
 
 def test_without_a_running_count_tokens_of_chunks_are_not_known(output):
@@ -258,9 +274,9 @@ def test_a_server_that_dies_leaves_a_journal_and_the_run_goes_on_from_it(output)
 def test_two_lives_of_a_service_may_find_other_cache_sizes():
     cache = {"block_size": "256", "num_gpu_blocks": "6682", "kv_cache_size_tokens": "9"}
     first = {"model": "m", "window": 1, "version": "0", "cache": cache, "checkpoint": "c"}
-    assert same_service(first, first | {"cache": cache | {"num_gpu_blocks": "6680"}})
-    assert not same_service(first, first | {"cache": cache | {"block_size": "16"}})
-    assert not same_service(first, first | {"cache": None})
+    assert lasting(first) == lasting(first | {"cache": cache | {"num_gpu_blocks": "6680"}})
+    assert lasting(first) != lasting(first | {"cache": cache | {"block_size": "16"}})
+    assert lasting(first) != lasting(first | {"cache": None})
 
 
 def test_another_server_cannot_go_on_with_a_journal(output):
@@ -318,7 +334,7 @@ def test_the_gpus_of_this_machine_are_in_the_result(output, monkeypatch):
     (done,) = cell["rounds"]
     begin = min(r["sent_s"] for r in done["requests"])
     end = max(r["chunks"][-1][0] for r in done["requests"])
-    assert done["energy_j"] == pytest.approx(3000 * (end - begin), rel=0.02)  # 1 and 2 kW
+    assert done["energy_j"] == pytest.approx(3000 * (end - begin), rel=0.05)  # 1 and 2 kW
     assert cell["energy_j_per_token"]["value"] == pytest.approx(done["energy_j"] / 82)
     assert done["sm_clock_mhz"] == {"low": 1000, "median": 1500, "high": 2000}
     assert cell["throttle_reasons"] == ["sw_power_cap"]
