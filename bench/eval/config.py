@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from bench import provenance
-from bench.load.config import bare_url
 from bench.load.origin import REPOSITORY
 
 QUICK_ITEMS = 100
@@ -98,7 +97,7 @@ class EvalConfig:
 def to_json(config: EvalConfig) -> dict[str, Any]:
     """Plain values. Of the user's files only the names are kept, of the URL no user."""
     record = {name: provenance.recorded(v, REPOSITORY) for name, v in asdict(config).items()}
-    return record | {"url": bare_url(config.url)}
+    return record | {"url": provenance.without_user(config.url)}
 
 
 def from_json(record: dict[str, Any], files: EvalConfig) -> EvalConfig:

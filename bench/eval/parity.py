@@ -20,7 +20,7 @@ from bench.load.counters import Counters
 from bench.load.errors import LoadError, ServerUnusable
 from bench.load.progress import duration, say
 from bench.load.run import session
-from bench.load.server import Server, ServerFacts
+from bench.load.server import Server, ServerFacts, differing
 from bench.measurement import Prompt
 
 LEAST_CHARS, MOST_CHARS = 200, 700
@@ -132,15 +132,10 @@ def _refuse_drafting(url: str, counters: Counters) -> None:
 
 
 def _refuse_another(url: str, facts: ServerFacts, control: ServerFacts) -> None:
-    here, there = facts.to_json(), control.to_json()
-    differing = [
-        f"{name} {here[name]}, not {there[name]}"
-        for name in ("model", "window", "checkpoint")
-        if here[name] != there[name]
-    ]
-    if differing:
-        raise LoadError(f"{url}: must be the server without MTP but for MTP: "
-                        + "; ".join(differing))  # fmt: skip
+    names = ("model", "window", "checkpoint")
+    here, there = ({name: one.to_json()[name] for name in names} for one in (facts, control))
+    if found := [f"{name} {a}, not {b}" for name, a, b in differing(here, there)]:
+        raise LoadError(f"{url}: must be the server without MTP but for MTP: {'; '.join(found)}")
 
 
 async def _ask(

@@ -16,7 +16,6 @@ from bench.eval.markdown import percent
 from bench.eval.parity import Control, Speculative
 from bench.load import html, origin
 from bench.load import result as load_result
-from bench.load.config import bare_url
 from bench.load.errors import LoadError
 from bench.load.markdown import provenance_line, table
 from bench.load.origin import REPOSITORY
@@ -122,7 +121,8 @@ def assemble(
 ) -> dict[str, Any]:  # fmt: skip
     """The result as it is written."""
     record = {k: provenance.recorded(v, REPOSITORY) for k, v in asdict(config).items()}
-    record |= {k: bare_url(record[k]) for k in ("off_url", "on_url") if record[k]}
+    urls = ("off_url", "on_url")
+    record |= {k: provenance.without_user(record[k]) for k in urls if record[k]}
     return {
         "schema_version": result.SCHEMA_VERSION,
         "kind": result.PARITY_KIND,

@@ -130,13 +130,8 @@ def to_json(config: LoadConfig) -> dict[str, Any]:
     record = asdict(config)
     record["goodput"] = dict(config.goodput)
     record["tokenizer"] = config.tokenizer.name if config.tokenizer else None
-    record["url"] = bare_url(config.url)
+    record["url"] = provenance.without_user(config.url)
     return record
-
-
-def bare_url(url: str) -> str:
-    """The URL without a user and a password."""
-    return provenance.without_user(url)
 
 
 def check_kept(path: Path, began: LoadConfig, given: LoadConfig) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 import aiohttp
 
+from bench import provenance
 from bench.load import counters
-from bench.load.config import bare_url
 from bench.load.counters import Counters
 from bench.load.errors import LoadError, ServerUnusable
 
@@ -83,7 +83,7 @@ class Server:
     def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
         self.session = session
         self.url = base_url(url)
-        self._shown = bare_url(self.url)
+        self._shown = provenance.without_user(self.url)
 
     async def facts(self, model: str | None) -> ServerFacts:
         """Read the model, its window, the version and the cache's settings.

@@ -1,4 +1,3 @@
-import os
 import signal
 import sys
 import time
@@ -7,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from bench.server import ServerError, free_port, running_server
+from tests.serve.front_process import is_running
 
 # Serves /health with a child beside it, as vLLM has its engine process.
 HEALTHY = """
@@ -26,26 +26,17 @@ def start(code: str, log: Path, timeout_s: float = 60.0):
     return running_server(command, f"http://127.0.0.1:{port}", log, timeout_s)
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    # A killed child whose new parent has not reaped it is dead as well.
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-
-
 def wait_until_dead(pid: int) -> bool:
     deadline = time.monotonic() + 60
-    while is_alive(pid) and time.monotonic() < deadline:
+    while is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return not is_alive(pid)
+    return not is_running(pid)
 
 
 def test_the_whole_process_group_is_killed_at_the_end(tmp_path):
     with start(HEALTHY, tmp_path / "log"):
         child = int((tmp_path / "log").read_text().split()[1])
-        assert is_alive(child)
+        assert is_running(child)
     assert wait_until_dead(child)
 
 

@@ -69,6 +69,31 @@ def edit_config(folder: Path, change: Callable[[dict], object]) -> None:
     edit_json(folder / CONFIG, change)
 
 
+def config(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    """A case: `config.json` with this change."""
+    return lambda folder: edit_config(folder, change)
+
+
+def group(name: str, **values) -> Callable[[Path], None]:
+    """A case: other entries of a config group; None takes one away."""
+
+    def change(settings: dict) -> None:
+        target = settings["quantization_config"]["config_groups"][name]
+        for key, value in values.items():
+            target.pop(key) if value is None else target.__setitem__(key, value)
+
+    return config(change)
+
+
+def weights(name: str, **values) -> Callable[[Path], None]:
+    """A case: other weights of a config group."""
+
+    def change(settings: dict) -> None:
+        settings["quantization_config"]["config_groups"][name]["weights"] |= values
+
+    return config(change)
+
+
 def edit_index(folder: Path, change: Callable[[dict], object]) -> None:
     edit_json(folder / INDEX, lambda index: change(index["weight_map"]))
 

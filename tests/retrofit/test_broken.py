@@ -18,12 +18,15 @@ from retrofit.mtp import SHARD
 from tests.retrofit.folders import (
     HEAD_LAYER,
     calibration_rows,
+    config,
     copy_of,
     digest,
     edit_config,
     edit_index,
     edit_json,
     edit_tensors,
+    group,
+    weights,
     write_calibration,
 )
 
@@ -58,26 +61,6 @@ def drop(pattern: str):
 
 def replace(name: str, make):
     return tensors(lambda values: values.update({name: make(values[name])}))
-
-
-def config(change):
-    return lambda folder: edit_config(folder, change)
-
-
-def group(name: str, **values):
-    def change(settings: dict) -> None:
-        target = settings["quantization_config"]["config_groups"][name]
-        for key, value in values.items():
-            target.pop(key) if value is None else target.__setitem__(key, value)
-
-    return config(change)
-
-
-def weights(name: str, **values):
-    def change(settings: dict) -> None:
-        settings["quantization_config"]["config_groups"][name]["weights"] |= values
-
-    return config(change)
 
 
 def rewrite(name: str, change):

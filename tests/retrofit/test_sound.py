@@ -18,7 +18,16 @@ from retrofit.__main__ import main
 from retrofit.errors import BadInput
 from retrofit.reading import CONFIG, Checkpoint, open_checkpoint, scan
 from scripts.make_full_size import FP8_COMPRESSOR_TARGETS
-from tests.retrofit.folders import HEAD_LAYER, copy_of, edit_config, edit_json, edit_tensors
+from tests.retrofit.folders import (
+    HEAD_LAYER,
+    config,
+    copy_of,
+    edit_config,
+    edit_json,
+    edit_tensors,
+    group,
+    weights,
+)
 
 EXPERT = "layers.2.ffn.experts.3.w1"
 ATTENTION = ("wq_a", "wq_b", "wkv", "wo_a", "wo_b")
@@ -48,27 +57,6 @@ def to_bf16(*stems: str):
             values[f"{stem}.weight"] = dequantize_fp8_block(weight, scale, torch.bfloat16)
 
     return lambda folder: edit_tensors(folder, f"{stems[0]}.weight", change)
-
-
-def config(change):
-    return lambda folder: edit_config(folder, change)
-
-
-def group(name: str, **values):
-    """Entries of a config group; None takes one away."""
-
-    def change(settings: dict) -> None:
-        target = settings["quantization_config"]["config_groups"][name]
-        for key, value in values.items():
-            target.pop(key) if value is None else target.__setitem__(key, value)
-
-    return config(change)
-
-
-def weights(**values):
-    return config(
-        lambda c: c["quantization_config"]["config_groups"]["attention"]["weights"].update(values)
-    )
 
 
 def ignore(*names: str):
@@ -138,8 +126,14 @@ UNSOUND = {
         "the targets give 3 modules such as layers.1.ffn.shared_experts.w1 'float8 block'",
     ),
     "formats swapped": (config(swap_formats), "'attention' has format = 'pack-quantized'"),
-    "a group without a type": (weights(type=None), "'attention': type = None; float or int"),
-    "blocks of 64": (weights(block_structure=[64, 64]), "block_structure = [64, 64]; 8 and [128"),
+    "a group without a type": (
+        weights("attention", type=None),
+        "'attention': type = None; float or int",
+    ),
+    "blocks of 64": (
+        weights("attention", block_structure=[64, 64]),
+        "block_structure = [64, 64]; 8 and [128",
+    ),
     "FP8 without inputs": (
         group("attention", input_activations=None),
         "'attention': input_activations = None",

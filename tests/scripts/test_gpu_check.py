@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import time
 from importlib.metadata import distributions
-from pathlib import Path
 
 import pytest
 
 from scripts import gpu_check
 from scripts.gpu_case import CASES, accepted, wait_for
 from scripts.gpu_check import cpu_problems, judge, main, noise, parity_problems, report
+from tests.serve.front_process import is_running, wait_until
 
 KINDS = {
     "window/layer": {"calls": 2, "us_per_call": 10.0},
@@ -197,19 +196,8 @@ def test_a_case_whose_time_is_over_takes_its_ranks_with_it(tmp_path, monkeypatch
     monkeypatch.setattr(gpu_check, "CASE_SCRIPT", script)
     arguments = ["--checkpoint", str(tmp_path), "--out", str(tmp_path / "out"), "--timeout", "10"]
     assert main(["run", *arguments, "--cases", "graphs-k0"]) == 1
-    rank = Path("/proc", (tmp_path / "rank").read_text())
-    until = time.monotonic() + 60
-    while is_alive(rank) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not is_alive(rank)
-
-
-def is_alive(process: Path) -> bool:
-    """Whether a process is there and no zombie; `process` is its folder in /proc."""
-    try:
-        return ") Z" not in (process / "stat").read_text()
-    except FileNotFoundError:
-        return False
+    rank = int((tmp_path / "rank").read_text())
+    wait_until(lambda: not is_running(rank), "the rank ends")
 
 
 def test_a_case_beside_one_that_ended_waits_no_longer(tmp_path):
