@@ -17,6 +17,7 @@ Exit status 0: both peer arms healthy. 1: not, but the control arm is healthy or
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
@@ -349,7 +350,8 @@ class Pair:
             except subprocess.TimeoutExpired:
                 left.append(child.pid)
         for child in self._children:
-            child.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # of a step that it never read
+                child.stdin.close()
         return left
 
 

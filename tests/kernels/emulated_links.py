@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,10 +29,17 @@ def build_emulation(folder: Path) -> Path:
     return library
 
 
-def regions_left() -> set[Path]:
-    """Regions in /dev/shm that stay; those of a test that runs beside this one go with its end."""
-    there = set(abi.SHM_FOLDER.glob("dsv4-allreduce-*"))
+@contextlib.contextmanager
+def no_region_left() -> Iterator[None]:
+    """What runs within leaves no region in /dev/shm.
+
+    Those that are there already are somebody else's; those of a test that runs beside this one go
+    with its end.
+    """
+    before = set(abi.SHM_FOLDER.glob("dsv4-allreduce-*"))
+    yield
+    made = set(abi.SHM_FOLDER.glob("dsv4-allreduce-*")) - before
     end = time.monotonic() + GONE_S
-    while (left := {path for path in there if path.exists()}) and time.monotonic() < end:
+    while (left := {path for path in made if path.exists()}) and time.monotonic() < end:
         time.sleep(0.05)
-    return left
+    assert not left

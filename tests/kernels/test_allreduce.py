@@ -19,7 +19,7 @@ import torch
 from kernels import allreduce, build
 from kernels import allreduce_abi as abi
 from kernels.allreduce import OneShotAllReduce, Tier, check_call, check_setup, exchange_by_store
-from tests.kernels.emulated_links import build_emulation, regions_left
+from tests.kernels.emulated_links import build_emulation, no_region_left
 
 PROCESS = Path(__file__).with_name("allreduce_process.py")
 SMALL_MAX = 4096  # bytes: 512 lines, 16 windows
@@ -47,30 +47,30 @@ def run_ranks(
     """
     common = {"world_size": world_size, "tier": tier, "library": str(emulation), "sizes": sizes}
     common |= {"store": str(tmp_path / "store"), "deadline_s": 20.0, **options}
-    processes = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                PROCESS,
-                json.dumps({**common, "rank": r, **(faults or {}).get(r, {})}),
-            ],
-            stdout=subprocess.PIPE,
-            cwd=build.ROOT,
-            env={"PYTHONPATH": str(build.ROOT), "PATH": "", "OMP_NUM_THREADS": "1"}
-            | ({"EMULATED_FAULT": link} if link and r == 0 else {}),
-        )
-        for r in range(world_size)
-    ]
-    results = []
-    try:
-        for process in processes:
-            text, _ = process.communicate(timeout=180)
-            results.append(json.loads(text) if process.returncode == 0 else None)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert not regions_left()
+    with no_region_left():
+        processes = [
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    PROCESS,
+                    json.dumps({**common, "rank": r, **(faults or {}).get(r, {})}),
+                ],
+                stdout=subprocess.PIPE,
+                cwd=build.ROOT,
+                env={"PYTHONPATH": str(build.ROOT), "PATH": "", "OMP_NUM_THREADS": "1"}
+                | ({"EMULATED_FAULT": link} if link and r == 0 else {}),
+            )
+            for r in range(world_size)
+        ]
+        results = []
+        try:
+            for process in processes:
+                text, _ = process.communicate(timeout=180)
+                results.append(json.loads(text) if process.returncode == 0 else None)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
     return results
 
 
@@ -488,11 +488,11 @@ def together(library, options):
             errors[rank] = error
 
     threads = [threading.Thread(target=construct, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not regions_left()
+    with no_region_left():
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
     return errors
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from kernels import build, probe
 from kernels.probe import Arm, ProbeConfig, ProbeImpossible, Verdict, run_arm
-from tests.kernels.emulated_links import build_emulation, regions_left
+from tests.kernels.emulated_links import build_emulation, no_region_left
 
 
 @pytest.fixture(scope="session")
@@ -27,19 +27,19 @@ def emulation(tmp_path_factory) -> Path:
 def config(emulation, monkeypatch) -> ProbeConfig:
     """Short, and no host is slow."""
     monkeypatch.delenv("EMULATED_FAULT", raising=False)
-    yield ProbeConfig(
-        small_bytes=256,
-        large_bytes=8192,
-        small_rounds=20,
-        large_rounds=3,
-        large_blocks=2,
-        deadline_s=1.0,
-        timeout_s=60.0,
-        slow_latency_us=1e9,
-        slow_bandwidth_gb_s=0.0,
-        library=emulation,
-    )
-    assert not regions_left()
+    with no_region_left():
+        yield ProbeConfig(
+            small_bytes=256,
+            large_bytes=8192,
+            small_rounds=20,
+            large_rounds=3,
+            large_blocks=2,
+            deadline_s=1.0,
+            timeout_s=60.0,
+            slow_latency_us=1e9,
+            slow_bandwidth_gb_s=0.0,
+            library=emulation,
+        )
 
 
 def alive(pid: int) -> bool:
@@ -125,12 +125,16 @@ def test_a_link_below_the_limits_is_slow_and_says_by_how_much(config, monkeypatc
     assert result.verdict is Verdict.SLOW
 
 
-def test_a_process_that_dies_is_a_hang_with_its_status(config, monkeypatch):
+@pytest.mark.parametrize("gone", [False, True], ids=["dying", "gone"])
+def test_a_process_that_dies_is_a_hang_with_its_status(config, monkeypatch, gone):
+    """Whether or not the step can still be written to it."""
     real = probe.Pair.ask
 
     def ask(self, step, options):
         if step == "run":
             os.kill(self.pids[1], signal.SIGKILL)
+            if gone:
+                os.waitid(os.P_PID, self.pids[1], os.WEXITED | os.WNOWAIT)
         return real(self, step, options)
 
     monkeypatch.setattr(probe.Pair, "ask", ask)
