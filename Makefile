@@ -46,7 +46,7 @@ kernels-report: kernels ## what each kernel uses: registers, shared memory, load
 TEST_WORKERS ?= 2
 test: $(STAMP) ## every test that needs no GPU
 	@$(PY) -m pytest -q -m "not gpu and not docker" -n $(TEST_WORKERS) --dist loadfile \
-		--no-loadscope-reorder
+		--no-loadscope-reorder $(TEST_FLAGS)
 
 # TESTS=tests/docker/test_image.py leaves out the fleet.
 test-docker: $(STAMP) ## build the images with an engine of their own, start them, break them; needs root
