@@ -30,6 +30,7 @@ from retrofit import experts, matching, pack, verify
 from retrofit.calibration import META, Calibration
 from retrofit.errors import BadInput
 from retrofit.experts import PROJECTIONS, Expert, Quantized, Sample, Scale, Settings
+from retrofit.holes import hole_faults
 from retrofit.layout import (
     SIZES,
     check_sizes,
@@ -208,6 +209,7 @@ def check_source(source: Checkpoint) -> None:
         BadInput: the first fault.
     """
     refuse(source.folder, compare_head(source.config, source.entries, Layout.ORIGINAL))
+    refuse(source.folder, hole_faults(head_entries(source.entries).values()))
     for weight in head_weights(source.config):
         pack.stored(source, weight)
 

@@ -26,6 +26,7 @@ from kernels.weights import (
 from retrofit import pack
 from retrofit.errors import BadInput
 from retrofit.experts import Scale
+from retrofit.holes import hole_faults
 from retrofit.layout import check_sizes, compare_head, compare_original_trunk
 from retrofit.progress import Progress
 from retrofit.reading import (
@@ -95,7 +96,7 @@ def check_source(source: Checkpoint, with_head: bool) -> None:
     faults = compare_original_trunk(source.config, source.entries)
     if with_head:
         faults += compare_head(source.config, source.entries, Layout.ORIGINAL)
-    refuse(source.folder, faults)
+    refuse(source.folder, faults or hole_faults(source.entries.values()))
 
 
 def plan(config: QuantizeBaseConfig, model: dict[str, Any]) -> Iterator[list[Weight]]:

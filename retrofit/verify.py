@@ -27,6 +27,7 @@ from kernels.weights import (
 )
 from retrofit import gptq, matching, pack
 from retrofit.errors import BadInput
+from retrofit.holes import hole_faults
 from retrofit.layout import (
     base_forms,
     check_sizes,
@@ -151,12 +152,13 @@ def _fp8_compressor(checkpoint: Checkpoint) -> list[str]:
 def value_faults(checkpoint: Checkpoint) -> list[str]:
     """Values that no head and no trunk has, of all tensors but the trunk's packed words.
 
-    One tensor at a time is in memory, in the order of the files.
+    Of these only what was never written is seen. One tensor at a time is in memory, in the order
+    of the files.
     """
     weights = _stored(checkpoint)
     names = sorted(weights, key=lambda n: (checkpoint.entries[n].path, checkpoint.entries[n].start))
     progress = Progress("read values", len(names))
-    faults = []
+    faults = hole_faults(checkpoint.entries.values())
     for name in names:
         faults += _tensor_faults(name, checkpoint.tensor(name), weights[name], checkpoint.config)
         progress.step()
