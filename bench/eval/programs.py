@@ -30,16 +30,19 @@ class Program:
 def program(text: str, prompt: str, entry_point: str) -> Program:
     """The program that the text gives for a prompt which ends in the head of `entry_point`.
 
-    The last code block that defines the function; else a block or text that is the function's
-    body, behind the prompt; else the lines of a text without fences. What the prompt has before
-    the function's head is put in front, so that its imports and helpers are there.
+    The last code block that defines the function, behind the blocks before it that hold nothing
+    but imports and definitions; else a block or text that is the function's body, behind the
+    prompt; else the lines of a text without fences. What the prompt has before the function's head
+    is put in front, so that its imports and helpers are there.
     """
     kept = final_text(text) if _has_marks(text) else text
     blocks = [m[3] for m in _FENCE.finditer(kept) if m[2].lower() in _PYTHON]
-    for block in reversed(blocks):
-        block = textwrap.dedent(block)
+    for number, block in reversed([*enumerate(map(textwrap.dedent, blocks))]):
         if _defines(block, entry_point):
-            return Program(_behind_head(block, prompt, entry_point), "block")
+            before = [b for b in map(textwrap.dedent, blocks[:number]) if _only_defines(b)]
+            whole = "\n".join([*before, block])
+            source = whole if parses(whole) else block
+            return Program(_behind_head(source, prompt, entry_point), "block")
     for block in reversed(blocks):
         if (source := _as_body(block, prompt, entry_point)) is not None:
             return Program(source, "body in a block")
@@ -79,6 +82,12 @@ def _defines(source: str, entry_point: str) -> bool:
             re.M,
         )
     )
+
+
+def _only_defines(source: str) -> bool:
+    """Whether it imports and defines, and runs nothing."""
+    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return parses(source) and all(isinstance(node, kinds) for node in ast.parse(source).body)
 
 
 def _head(prompt: str, entry_point: str) -> str:

@@ -139,7 +139,8 @@ def _command(pid: int, repository: Path) -> str | None:
     for at, argument in enumerate(arguments):
         name, equals, _ = argument.partition("=")
         if name.startswith("--"):
-            hidden = name.replace("_", "-") in SECRET_OPTIONS
+            # An option may be cut short, as `--api-k`.
+            hidden = any(option.startswith(name.replace("_", "-")) for option in SECRET_OPTIONS)
             secret = hidden and not equals
             arguments[at] = f"{name}=***" if hidden and equals else argument
         elif secret:

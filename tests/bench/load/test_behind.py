@@ -16,7 +16,7 @@ SERVER = """
 import os, socket, subprocess, sys
 listening = socket.create_server(("127.0.0.1", int(sys.argv[1])))
 child = subprocess.Popen(
-    [sys.executable, sys.argv[2], "--api-key=secret-2", "/opt/some/model"],
+    [sys.executable, sys.argv[2], "--api-k=secret-2", "/opt/some/model"],
     stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"NCCL_P2P_DISABLE": "1"},
 )
 child.stdout.readline()
@@ -54,7 +54,7 @@ def test_commands_and_variables_are_those_of_the_listener_and_its_engine(listeni
     seen = behind.describe(f"http://127.0.0.1:{port}", Path("/repo"))
     assert seen["commands"] == [
         f"python server.py {port} engine.py --api-key '***'",
-        "python engine.py '--api-key=***' model",
+        "python engine.py '--api-k=***' model",
     ]
     assert seen["environment"]["NCCL_P2P_DISABLE"] == "1"  # the child's
     assert seen["environment"]["VLLM_CACHE_ROOT"] == "cache"
