@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -14,6 +15,8 @@ from pathlib import Path
 LOG_TAIL_LINES = 20
 POLL_S = 0.25
 STOP_GRACE_S = 15.0
+PORTS = range(20_000, 30_000)  # below those of outgoing connections, 32768 and more
+_claims: list[socket.socket] = []
 
 
 class ServerError(RuntimeError):
@@ -21,10 +24,26 @@ class ServerError(RuntimeError):
 
 
 def free_port() -> int:
-    """Return a TCP port that nothing on the loopback interface listens on."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """Return a TCP port that nothing on the loopback interface listens on, nor soon will.
+
+    A server may take a minute until it binds its port. So it is none of those that Linux gives to
+    whoever asks for any, and while this process lives no other caller of this function is given it.
+
+    Raises:
+        ServerError: all of PORTS are taken.
+    """
+    for port in random.sample(PORTS, len(PORTS)):
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0dsv4-maxq-port-{port}")  # of no file: gone with its process
+            with socket.socket() as sock:
+                sock.bind(("127.0.0.1", port))
+        except OSError:
+            claim.close()
+            continue
+        _claims.append(claim)
+        return port
+    raise ServerError(f"server: no port of {PORTS.start} to {PORTS.stop - 1} is free")
 
 
 def log_tail(log: Path, lines: int = LOG_TAIL_LINES) -> str:

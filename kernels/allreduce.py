@@ -340,11 +340,11 @@ class OneShotAllReduce:
         try:
             with _current(self.device):
                 value = function()
-        except (OSError, RuntimeError) as error:
-            failure = str(error)
+        except Exception as error:  # noqa: BLE001  the others wait for the answer
+            failure = str(error) or repr(error)
         told = self._exchange(step, [failure, value if everyone else None])
         for rank, (message, _) in enumerate(told):
-            if message:
+            if message is not None:
                 raise RuntimeError(f"{OP}: setup, {step}: rank {rank}: {message}")
         return [other for _, other in told] if everyone else value
 
@@ -395,14 +395,14 @@ def check_setup(
         raise ValueError(f"{OP}: first_generation = {first_generation}; it must be 1 .. 2**32 - 1")
 
 
-def check_deadline(deadline_s: float) -> None:
+def check_deadline(deadline_s: float, name: str = "deadline_s") -> None:
     """Check a deadline in seconds.
 
     Raises:
         ValueError: operation, value and rule.
     """
     if not (math.isfinite(deadline_s) and 1e-3 <= deadline_s <= MAX_DEADLINE_S):
-        raise ValueError(f"{OP}: deadline_s = {deadline_s}; it must be 0.001 .. {MAX_DEADLINE_S}")
+        raise ValueError(f"{OP}: {name} = {deadline_s}; it must be 0.001 .. {MAX_DEADLINE_S}")
 
 
 def check_call(x: torch.Tensor, out: torch.Tensor, max_bytes: int) -> int:

@@ -8,7 +8,8 @@ of the steps since the last one may have been sent.
 
 The environment says what to do; `serve` sets it from what the probe of the link found.
 
-    DSV4_ALLREDUCE_TIER              host-pinned or peer-push; anything else leaves vLLM's own
+    DSV4_ALLREDUCE_TIER              host-pinned or peer-push; another of serve's tiers, or none,
+                                     leaves vLLM's own
     DSV4_ALLREDUCE_DEADLINE_S        of waits in CUDA graphs, 2
     DSV4_ALLREDUCE_EAGER_DEADLINE_S  of others, 30: a rank may compile a kernel for a new shape
     DSV4_ALLREDUCE_START_DEADLINE_S  of others until the worker is warm, 240: it compiles, and ranks
@@ -26,8 +27,9 @@ from typing import Any
 import torch
 
 from kernels import allreduce_abi as abi
-from kernels.allreduce import OP, OneShotAllReduce, Tier, exchange_by_group
+from kernels.allreduce import OP, OneShotAllReduce, Tier, check_deadline, exchange_by_group
 
+OTHER_TIERS = ("vllm-custom", "nccl-p2p", "nccl-shm")
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 DEADLINES_S = {
     "DSV4_ALLREDUCE_DEADLINE_S": 2.0,
@@ -37,22 +39,33 @@ DEADLINES_S = {
 
 
 def chosen_tier() -> Tier | None:
-    """The tier of ours that the environment names; None for one of vLLM's or NCCL's."""
+    """The tier of ours that the environment names; None for one of vLLM's or NCCL's.
+
+    Raises:
+        ValueError: it is none that there is.
+    """
     name = os.environ.get("DSV4_ALLREDUCE_TIER", "")
-    return Tier(name) if name in [tier.value for tier in Tier] else None
+    if name in [tier.value for tier in Tier]:
+        return Tier(name)
+    if name and name not in OTHER_TIERS:
+        known = ", ".join([*(tier.value for tier in Tier), *OTHER_TIERS])
+        raise ValueError(f"{OP}: DSV4_ALLREDUCE_TIER = {name!r}; must be one of {known}")
+    return None
 
 
 def seconds(name: str) -> float:
     """A deadline from the environment.
 
     Raises:
-        ValueError: it is no number; its range is checked where it is used.
+        ValueError: it is no number, or out of range.
     """
     text = os.environ.get(name, "")
     try:
-        return float(text) if text else DEADLINES_S[name]
+        value = float(text) if text else DEADLINES_S[name]
     except ValueError:
         raise ValueError(f"{OP}: {name} = {text!r}; a number of seconds is needed") from None
+    check_deadline(value, name)
+    return value
 
 
 def takes(x: torch.Tensor, max_bytes: int) -> bool:
@@ -105,6 +118,8 @@ class BoundedWorker:
         tier, group = chosen_tier(), get_tp_group()
         if tier is None or group.world_size == 1:
             return
+        for name in DEADLINES_S:  # before minutes of loading, not after them
+            seconds(name)
         communicator = group.device_communicator
         self._end, ours = self.make_all_reduce(group, tier)
         others = communicator.all_reduce

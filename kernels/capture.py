@@ -41,7 +41,7 @@ def capture_folder() -> Path | None:
         ValueError: the variable is set and names no folder.
     """
     value = os.environ.get(CAPTURE_DIR)
-    if value is None:
+    if not value:
         return None
     folder = Path(value)
     if not folder.is_dir():

@@ -452,6 +452,7 @@ def lint(directory: Path) -> list[str]:
     lock = read_lock(directory)
     blobs: dict[str, tuple[str, str]] = {}  # path -> (blob id after the last patch, its name)
     touched: set[str] = set()
+    authors: dict[str, str] = {}  # -> the first patch of each
     for name in dict.fromkeys(n for n in names if n in present):
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]*[a-z0-9]\.patch", name) or name[0].isdigit():
             problems.append(f"{name}: a name is lower-case words joined by `-`, no number in front")
@@ -461,6 +462,8 @@ def lint(directory: Path) -> list[str]:
             problems += error.problems
             continue
         problems += _lint_message(patch, directory.parent)
+        if author := patch.headers.get("from"):
+            authors.setdefault(author, name)
         for diff in patch.files:
             touched.add(diff.path)
             if diff.path in lock.differs:
@@ -472,6 +475,9 @@ def lint(directory: Path) -> list[str]:
                     "leaves; export the queue again"
                 )
             blobs[diff.path] = (diff.new_blob, name)
+    if len(authors) > 1:
+        shown = "; ".join(f"{name} is from {author}" for author, name in authors.items())
+        problems.append(f"{shown}; a queue has one author")
     problems += [
         f"vllm.lock: {p} is missing (a patch touches it)" for p in sorted(touched - set(lock.files))
     ]
@@ -891,7 +897,10 @@ def git(directory: Path, *arguments: str, data: bytes | None = None) -> bytes:
             f"GIT_{who}_EMAIL": "patchq@localhost",
             f"GIT_{who}_DATE": "2000-01-01T00:00:00Z",
         }
-    command = ["git", "-C", str(directory), "-c", "core.autocrlf=false", *arguments]
+    # What git would leave running in the background makes and removes files of the worktree.
+    options = ("core.autocrlf=false", "gc.autoDetach=false", "maintenance.autoDetach=false")
+    settings = [word for option in options for word in ("-c", option)]
+    command = ["git", "-C", str(directory), *settings, *arguments]
     done = subprocess.run(command, input=data, capture_output=True, env=env, check=False)
     if done.returncode:
         said = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()
@@ -910,7 +919,8 @@ def checkout(queue: Queue, source: Source, worktree: Path, onto: Source | None =
     apply_series(queue.patches, source.read)  # strict: fails here with the exact line
     worktree.mkdir(parents=True, exist_ok=True)
     git(worktree, "init", "--quiet", "--initial-branch=patches")
-    for key, value in {"core.autocrlf": "false", "commit.gpgSign": "false"}.items():
+    author = {"user.name": "dsv4-maxq", "user.email": "dsv4-maxq@example.org"}
+    for key, value in {"core.autocrlf": "false", "commit.gpgSign": "false", **author}.items():
         git(worktree, "config", key, value)
     (worktree / ".git" / "info").mkdir(exist_ok=True)
     (worktree / ".git" / "info" / "exclude").write_text("__pycache__/\n*.so\n")

@@ -36,8 +36,18 @@ def parser() -> argparse.ArgumentParser:
     base = commands.add_parser("quantize-base", help="original FP4/FP8 to W4A16-FP8, without data")
     base.add_argument("source", type=Path, metavar="SRC")
     base.add_argument("dst", type=Path, metavar="DST")
-    base.add_argument("--mtp", choices=values(quantize_base.Head), default="drop")
-    base.add_argument("--scale", choices=values(quantize_base.Scale), default="mse")
+    base.add_argument(
+        "--mtp",
+        choices=values(quantize_base.Head),
+        default="drop",
+        help="the head; drop by default",
+    )
+    base.add_argument(
+        "--scale",
+        choices=values(quantize_base.Scale),
+        default="mse",
+        help="mse, searched, by default",
+    )
     base.add_argument("--shard-bytes", type=int, default=5_000_000_000)
 
     _add_capture(commands.add_parser("capture", help="calibration rows from a running server"))
@@ -60,10 +70,27 @@ def _add_capture(command: argparse.ArgumentParser) -> None:
         "--prompts", type=Path, default=default.prompts, metavar="JSONL",
         help='lines of {"text"} or {"messages"}; a bundled text by default',
     )  # fmt: skip
-    command.add_argument("--num-prompts", type=int, default=default.num_prompts)
-    command.add_argument("--max-tokens", type=int, default=default.max_tokens)
-    command.add_argument("--budget-gib", type=float, default=default.budget_gib)
-    command.add_argument("--concurrency", type=int, default=default.concurrency)
+    command.add_argument(
+        "--num-prompts",
+        type=int,
+        default=default.num_prompts,
+        help="from the file's start (%(default)s)",
+    )
+    command.add_argument(
+        "--max-tokens", type=int, default=default.max_tokens, help="of each answer (%(default)s)"
+    )
+    command.add_argument(
+        "--budget-gib",
+        type=float,
+        default=default.budget_gib,
+        help="of all rows together (%(default)s)",
+    )
+    command.add_argument(
+        "--concurrency",
+        type=int,
+        default=default.concurrency,
+        help="requests at once (%(default)s)",
+    )
 
 
 def _add_mtp(command: argparse.ArgumentParser) -> None:
@@ -73,17 +100,28 @@ def _add_mtp(command: argparse.ArgumentParser) -> None:
     data = command.add_mutually_exclusive_group(required=True)
     data.add_argument("--calibration", type=Path, metavar="DIR", help="what `capture` wrote")
     data.add_argument("--rtn", action="store_true", help="round to nearest, without data")
-    command.add_argument("--device", choices=values(mtp.Device), default="cpu")
-    command.add_argument("--scale", choices=values(mtp.Scale), default="mse")
-    command.add_argument("--percdamp", type=float, default=0.01)
+    command.add_argument(
+        "--device", choices=values(mtp.Device), default="cpu", help="%(default)s by default"
+    )
+    command.add_argument(
+        "--scale", choices=values(mtp.Scale), default="mse", help="mse, searched, by default"
+    )
+    command.add_argument(
+        "--percdamp", type=float, default=0.01, help="damping tried first (%(default)s)"
+    )
     command.add_argument("--no-activation-order", dest="activation_order", action="store_false")
     command.add_argument(
         "--no-route-weight", dest="route_weight_in_h2", action="store_false",
         help="leave the route weight out of w2's Hessian",
     )  # fmt: skip
     command.add_argument("--experts-per-step", type=int, help="1 on the CPU, 4 on CUDA")
-    command.add_argument("--files", choices=values(mtp.Files), default="hard")
-    command.add_argument("--allow-uncalibrated", action="store_true")
+    command.add_argument(
+        "--files", choices=values(mtp.Files), default="hard",
+        help="how the base's weights come into DST; hard, as links, by default",
+    )  # fmt: skip
+    command.add_argument(
+        "--allow-uncalibrated", action="store_true", help="round experts that no row was routed to"
+    )
 
 
 CONFIGS = {

@@ -11,6 +11,7 @@ it in the cache.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -23,7 +24,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,9 @@ def start(kernel: Any, keys: list[Any], workers: int) -> list[subprocess.Popen[b
         if part:
             worker = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE)
             assert worker.stdin is not None
-            worker.stdin.write(pickle.dumps((name, part)))
-            worker.stdin.close()
+            # One that has died already leaves its keys to vLLM.
+            with contextlib.suppress(BrokenPipeError), worker.stdin as keys_file:
+                keys_file.write(pickle.dumps((name, part)))
             running.append(worker)
     return running
 
@@ -112,7 +113,7 @@ def install(workers: int) -> None:
     VllmTileLangJitKernel.compile_many = lambda kernel, keys: ahead.compile_many(kernel, keys)
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(what: str) -> Iterator[None]:
     """Hold this name against every other process of this user."""
     folder = Path(tempfile.gettempdir()) / f"dsv4-jit-{os.getuid()}"

@@ -16,7 +16,7 @@ from serve.bug_report import add_report, run_report
 from serve.checkpoint import check_checkpoint, read_json
 from serve.command import vllm_command
 from serve.doctor.report import add_doctor, run_doctor
-from serve.engine import REPOSITORY, check_engine
+from serve.engine import REPOSITORY, check_engine, check_wheel
 from serve.environment import (
     API_KEY,
     added_environment,
@@ -32,7 +32,7 @@ from serve.errors import ConfigError, ServeError
 from serve.keys import Access, Key, Keys, read_keys
 from serve.plan import check_split, run_plan
 from serve.profiles import Device, load_profile, profile_names
-from serve.settings import GatewayMode, Settings, Source, add_flags, resolve
+from serve.settings import GatewayMode, MoeBackend, Settings, Source, add_flags, resolve
 from serve.summary import summary
 from serve.supervisor import write_to_stdout
 from serve.table import run_profiles
@@ -67,7 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
         if profile.tensor_parallel_size > 1:
             check_split(read_json(model / "config.json"), profile)
         check_engine()
+        check_wheel(profile.device)
         prepare_record(record)
+    check_moe_backend(settings)
     all_reduce = choose_all_reduce(settings, probe=not arguments.dry_run)
     base = engine_environment(profile, capture=capture, load_record=record)
     if uds is not None:
@@ -85,6 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
             settings["sse_keep_alive_interval"],
             settings["otlp_traces_endpoint"],
             choice.tier if choice else None,
+            settings["moe_backend"],
         )
         return command, base | (choice.environment if choice else {})
 
@@ -111,6 +114,20 @@ def run(arguments: argparse.Namespace) -> int:
     start_summary(record, model, host, port)
     os.execve(command[0], command, env)
     return 0  # only where a test keeps execve from taking this process
+
+
+def check_moe_backend(settings: Settings) -> None:
+    """Refuse a choice of experts where there is none.
+
+    Raises:
+        ConfigError: the profile is for the CPU.
+    """
+    backend, device = settings["moe_backend"], settings.profile.device
+    if backend is not MoeBackend.AUTO and device is not Device.CUDA:
+        raise ConfigError(
+            f"moe_backend = {backend.value} ({settings.sources['moe_backend'].value}): device = "
+            f"{device.value}; only GPUs have a choice. Leave it at {MoeBackend.AUTO.value}"
+        )
 
 
 def choose_all_reduce(settings: Settings, probe: bool) -> AllReduce | None:

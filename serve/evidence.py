@@ -85,12 +85,15 @@ async def run_tool(*command: str) -> str:
     try:
         output, _ = await asyncio.wait_for(process.communicate(), TOOL_S)
     except TimeoutError:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):  # it ended just now
+            process.kill()
         return f"{command[0]}: no answer within {TOOL_S:g} s"
     return output.decode("utf-8", "replace")
 
 
-async def abort_for_stacks(pids: list[int], tail: Iterable[str]) -> list[str]:
+async def abort_for_stacks(
+    pids: list[int], tail: Iterable[str], all_read: asyncio.Event
+) -> list[str]:
     """Abort the processes, and take the lines they print meanwhile."""
     before = list(tail)
     for pid in pids:
@@ -100,7 +103,9 @@ async def abort_for_stacks(pids: list[int], tail: Iterable[str]) -> list[str]:
     deadline = time.monotonic() + ABORT_S
     while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in pids):
         await asyncio.sleep(0.05)
-    await asyncio.sleep(0.1)  # what they printed last is on its way
+    # What they printed last is on its way; another process may hold the output open.
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(all_read.wait(), ABORT_S)
     after = list(tail)
     # The tail is bounded: lines of `before` may have left it.
     for start in range(len(before) + 1):
@@ -109,8 +114,15 @@ async def abort_for_stacks(pids: list[int], tail: Iterable[str]) -> list[str]:
     return after
 
 
-async def gather_evidence(group: int, tail: Iterable[str]) -> dict[str, Any]:
-    """Everything about a process group. Its processes are aborted where py-spy is absent."""
+async def gather_evidence(
+    group: int, tail: Iterable[str], all_read: asyncio.Event
+) -> dict[str, Any]:
+    """Everything about a process group. Its processes are aborted where py-spy is absent.
+
+    Args:
+        tail: the latest lines of its output, which come meanwhile.
+        all_read: set when all of its output is in `tail`.
+    """
     pids = group_members(group)
     evidence: dict[str, Any] = {
         "schema_version": 1,
@@ -130,5 +142,5 @@ async def gather_evidence(group: int, tail: Iterable[str]) -> dict[str, Any]:
         dumps = (run_tool("py-spy", "dump", "--native", "--pid", str(pid)) for pid in pids)
         evidence["stacks"] = "\n".join(await asyncio.gather(*dumps)).split("\n")
     else:
-        evidence["stacks"] = await abort_for_stacks(pids, tail)
+        evidence["stacks"] = await abort_for_stacks(pids, tail, all_read)
     return evidence

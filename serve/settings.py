@@ -37,6 +37,14 @@ class GatewayMode(StrEnum):
     OFF = "off"
 
 
+class MoeBackend(StrEnum):
+    """vLLM's --moe-backend values for this model's INT4 experts."""
+
+    AUTO = "auto"  # ours where a measured table says so, see docs/kernels.md
+    MARLIN = "marlin"  # vLLM's own
+    EXTERNAL = "external"  # ours
+
+
 def port(text: str) -> int:
     """A TCP port."""
     value = int(text)
@@ -104,12 +112,31 @@ OWN = (
     Setting("host", str, "where to listen", "127.0.0.1"),
     Setting("port", port, "where to listen", 8000),
     Setting("gateway", GatewayMode, "off: become vLLM instead of running it; default on"),
-    Setting("shutdown_timeout", seconds, "running requests may take so long after SIGTERM", 30.0),
-    Setting("slow_client_timeout", seconds, "a client that takes or sends nothing is let go", 60.0),
-    Setting("stall_timeout", seconds, "an engine without progress is restarted after", 120.0),
-    Setting("start_stall_timeout", seconds, "a start without a sign of work is ended after", 900.0),
+    Setting(
+        "shutdown_timeout", seconds, "seconds that running requests may take after SIGTERM", 30.0
+    ),
+    Setting(
+        "slow_client_timeout",
+        seconds,
+        "seconds until a client that takes or sends nothing is let go",
+        60.0,
+    ),
+    Setting(
+        "stall_timeout", seconds, "seconds until an engine without progress is restarted", 120.0
+    ),
+    Setting(
+        "start_stall_timeout",
+        seconds,
+        "seconds until a start without a sign of work is ended",
+        900.0,
+    ),
     Setting("start_step_timeout", seconds, "the same between two shards, two graphs", 300.0),
-    Setting("canary_interval", seconds, "one token is asked of an idle engine so often", 300.0),
+    Setting(
+        "canary_interval",
+        seconds,
+        "seconds between requests for one token to an idle engine",
+        300.0,
+    ),
     Setting("max_num_queued_reqs", count, "requests that may wait beside the running ones", 16),
     Setting("max_num_queued_tokens", count, "prompt tokens that may wait; default 2 windows"),
     Setting("max_body_bytes", count, "of one request", 16 * 2**20),
@@ -120,6 +147,12 @@ OWN = (
     Setting("log_format", LogFormat, "json or text", LogFormat.JSON),
     Setting("sse_keep_alive_interval", count, "seconds after which a silent stream says so", 15),
     Setting("otlp_traces_endpoint", endpoint, "where vLLM sends OpenTelemetry traces"),
+    Setting(
+        "moe_backend",
+        MoeBackend,
+        "of the experts on GPUs: auto, marlin (vLLM's own) or external (ours)",
+        MoeBackend.AUTO,
+    ),
     Setting("allreduce", all_reduce, "of two cards: auto, or a tier of docs/hardware.md", AUTO),
     Setting("report_dir", Path, "where dumps of a stalled engine go"),
 )

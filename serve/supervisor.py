@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import functools
 import os
 import resource
 import signal
@@ -23,6 +24,7 @@ from pathlib import Path
 import aiohttp
 
 from serve.allreduce_tier import Failure, Tiers
+from serve.evidence import group_members
 from serve.faults import FaultKind, Faults
 from serve.http_errors import Refusal
 from serve.log import event
@@ -77,10 +79,12 @@ class Stall:
     reading: bool
 
 
-def in_child() -> None:
-    """Runs in the child before it becomes the engine."""
+def in_child(parent: int) -> None:
+    """Runs in the child of `parent` before it becomes the engine."""
     # The engine must not outlive us, not even when we are killed; it ends its own children on TERM.
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # killed before that: no signal comes
+        os._exit(1)
     # A wedged engine is aborted for its stacks; 90 GB of core file are not wanted.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
@@ -133,6 +137,7 @@ class Supervisor:
         self.failure = ""
         self.pid = 0
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)  # of this life's output
+        self.all_read = asyncio.Event()  # the whole of it is in `tail`
         self.dump: Callable[[str], Awaitable[Path | None]] | None = None  # takes the reason
         self._command, self._environment = command, environment
         self._on_ready = on_ready
@@ -282,7 +287,8 @@ class Supervisor:
         self.socket_path.unlink(missing_ok=True)
         self._stalled = asyncio.get_running_loop().create_future()
         self.tail, self.num_signs = deque(maxlen=TAIL_LINES), 0
-        process, all_read = await self._spawn()
+        self.all_read = asyncio.Event()
+        process = await self._spawn()
         self.pid = process.pid
         ended = asyncio.create_task(process.wait())
         stopping = asyncio.create_task(self._stop.wait())
@@ -312,16 +318,24 @@ class Supervisor:
             await asyncio.wait((ended, probe), timeout=self.limits.die_s)
             if ended.done():
                 self.pid = 0
+                await self._until_group_ended(process.pid)
             else:
                 ended.cancel()
             # With a limit: a process outside the group may hold the output open.
-            reading = asyncio.create_task(all_read.wait())
+            reading = asyncio.create_task(self.all_read.wait())
             await asyncio.wait(
                 (reading, stopping), timeout=OUTPUT_S, return_when=asyncio.FIRST_COMPLETED
             )
             await end_quietly(reading)
             await end_quietly(stopping)
         return reason, report
+
+    async def _until_group_ended(self, group: int) -> None:
+        """Wait for what the leader left: it holds the memory that the next life needs."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.limits.die_s):
+                while group_members(group):
+                    await asyncio.sleep(self.limits.poll_s)
 
     async def _dump(self, reason: str) -> Path | None:
         """What is known of an engine that is to end; that it cannot be had stops nothing."""
@@ -333,8 +347,8 @@ class Supervisor:
             self.say(f"nothing was learnt of the stalled engine: {error!r}")
             return None
 
-    async def _spawn(self) -> tuple[asyncio.subprocess.Process, asyncio.Event]:
-        """The engine's process, and what is set when all of its output is in `tail`."""
+    async def _spawn(self) -> asyncio.subprocess.Process:
+        """The engine's process; `all_read` is set when all of its output is in `tail`."""
         read_end, write_end = os.pipe()
         try:
             process = await asyncio.create_subprocess_exec(
@@ -344,7 +358,7 @@ class Supervisor:
                 stderr=write_end,
                 env=self._environment,
                 start_new_session=True,
-                preexec_fn=in_child,
+                preexec_fn=functools.partial(in_child, os.getpid()),
             )
         except BaseException:
             os.close(read_end)
@@ -352,10 +366,9 @@ class Supervisor:
         finally:
             os.close(write_end)
         # In a thread: where our own output is blocked, only the engine's waits, not the gateway.
-        all_read = asyncio.Event()
-        arguments = (read_end, asyncio.get_running_loop(), self.tail, all_read)
+        arguments = (read_end, asyncio.get_running_loop(), self.tail, self.all_read)
         threading.Thread(target=self._pump, args=arguments, daemon=True).start()
-        return process, all_read
+        return process
 
     def _pump(
         self,

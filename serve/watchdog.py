@@ -200,11 +200,13 @@ class Watchdog:
             }
             for flight in self._relay.flights
         ]
-        evidence = await gather_evidence(supervisor.pid, supervisor.tail)
+        evidence = await gather_evidence(supervisor.pid, supervisor.tail, supervisor.all_read)
         evidence |= {"reason": reason, "requests": requests, "progress": list(self._seen)}
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path.write_text(json.dumps(evidence, indent=1) + "\n", encoding="utf-8")
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(evidence, indent=1) + "\n", encoding="utf-8")
+            partial.replace(path)
         except OSError as error:
             supervisor.say(f"{path}: {error.strerror}")
             return None

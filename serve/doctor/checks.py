@@ -35,6 +35,7 @@ from serve.doctor.facts import (
     read_iommu,
 )
 from serve.doctor.machine import OUT, PYTHON, Machine
+from serve.engine import WHEEL_FROM, wheel_problem
 from serve.plan import GIB, MIB
 from serve.profiles import Device, Profile
 from serve.table import Machine as Memory
@@ -124,7 +125,7 @@ def check_machine(machine: Machine, target: Target, step: Step) -> Iterator[Find
     yield check_files(machine)
     yield check_port(machine, target)
     step("compare the engine with the patch series")
-    yield check_engine(machine)
+    yield check_engine(machine, target)
     yield check_checkpoint(machine, target, step)
 
 
@@ -584,12 +585,15 @@ def check_port(machine: Machine, target: Target) -> Finding:
 # ------------------------------------------------------------------- engine and checkpoint
 
 
-def check_engine(machine: Machine) -> Finding:
+def check_engine(machine: Machine, target: Target) -> Finding:
     """Whether the installed vLLM is the pinned one with exactly the patch series."""
     site = machine.fact("site_packages")
     advice = "Run `make setup`, or use the image: this project's patches are not in that engine."
     if site is None:
         return Finding("engine", Area.ENGINE, Level.FAULT, "vLLM is not installed", advice)
+    if problem := wheel_problem(machine.fact("wheel"), target.profile.device):
+        way_out = f"Serve with another: {WHEEL_FROM[target.profile.device]}."
+        return Finding("engine", Area.ENGINE, Level.FAULT, problem, way_out)
     command = (PYTHON, "patches/patchq.py", "verify", "--root", site)
     done = machine.run(command, PATCHES_S)
     if done.status:

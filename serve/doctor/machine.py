@@ -6,6 +6,7 @@ any other machine: that is how the checks are tested, and what an owner can send
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.checkpoint import check_checkpoint
-from serve.engine import REPOSITORY
+from serve.engine import REPOSITORY, installed_wheel
 from serve.environment import cache_path, given_variables
 from serve.errors import CheckpointError, ConfigError
 
@@ -229,14 +230,16 @@ def _run(command: Sequence[str], timeout_s: float) -> dict[str, Any]:
         except OSError as error:
             text = f"{command[0]}: {error.strerror}"
             return {"status": NOT_FOUND, "out": "", "err": text, "file": None}
+        said, err, status = "", "", None
         try:
             said, err = process.communicate(timeout=timeout_s)
-            status: int | None = process.returncode
+            status = process.returncode
         except subprocess.TimeoutExpired:
-            said, err, status = "", "", None
+            pass
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+            if status is None:  # it runs, or it has ended and what it started holds its output
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 _close(process)
         file = out.read_text(encoding="utf-8") if out.exists() else None
         return {"status": status, "out": said, "err": err, "file": file}
@@ -269,6 +272,7 @@ FACTS: dict[str, Callable[[], Any]] = {
     "open_files": lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0],
     "cache_folder": lambda: str(cache_path("")),
     "site_packages": _site_packages,
+    "wheel": installed_wheel,
     "nccl": lambda: _version("nvidia-nccl-cu13"),
     "environment": lambda: given_variables(VARIABLES),
     "container": lambda: Path("/.dockerenv").exists() or Path("/run/.containerenv").exists(),

@@ -10,17 +10,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from serve.allreduce_tier import AUTO, FILE_NAME, Known, Tier, keep, load
+from serve.allreduce_tier import FILE_NAME, Known, keep, load
 from serve.doctor.checks import Area, Finding, Level, Target, check_machine, has_gpu
 from serve.doctor.machine import Machine, RecordedMachine
 from serve.engine import REPOSITORY
-from serve.environment import cache_path
+from serve.environment import PREFIX, cache_path, our_variables, read_env_file
 from serve.errors import ConfigError
-from serve.profiles import Device, load_profile, profile_names
-from serve.settings import OWN, port
+from serve.profiles import Device
+from serve.settings import Source, all_settings, resolve
 
 SCHEMA_VERSION = 1
 CPU_PROFILE, GPU_PROFILE = "cpu-tiny", "524k"
+PROFILE_VARIABLE = f"{PREFIX}PROFILE"
+FLAGS = ("profile", "model", "host", "port", "allreduce")  # settings of `serve run`
 WIDTH = 100
 EXIT = {
     Area.GPU: 10,
@@ -83,23 +85,31 @@ def as_json(target: Target, findings: list[Finding], status: int) -> dict[str, A
 
 
 def make_target(arguments: argparse.Namespace, machine: Machine) -> Target:
-    """What to check for: the profile that is named, else the one that fits the kind of machine.
+    """What `serve run` would run here; of a recording, what the flags say.
+
+    Where nothing names a profile it is the one that fits the kind of machine.
 
     Raises:
-        ConfigError: no such profile.
+        ConfigError: no such profile, or a setting that `serve run` refuses too.
     """
-    name = arguments.profile or (GPU_PROFILE if has_gpu(machine) else CPU_PROFILE)
-    profile = load_profile(name)
-    model = arguments.model or REPOSITORY / profile.model
+    here = arguments.machine is None
+    file = read_env_file(arguments.env_file) if here else {}
+    variables = our_variables() if here else {}
+    flags = {name: getattr(arguments, name) for name in FLAGS}
+    if not flags["profile"] and PROFILE_VARIABLE not in variables | file:
+        flags["profile"] = GPU_PROFILE if has_gpu(machine) else CPU_PROFILE
+    settings = resolve(flags, variables, file)
+    profile = settings.profile
+    of_profile = settings.sources["model"] is Source.PROFILE
     return Target(
         profile,
-        model,
-        arguments.host,
-        arguments.port,
-        arguments.allreduce,
+        REPOSITORY / profile.model if of_profile else Path(profile.model),
+        settings["host"],
+        settings["port"],
+        settings["allreduce"],
         arguments.probe,
         arguments.verify,
-        lambda known: None if arguments.machine else keep_verdict(known),
+        lambda known: keep_verdict(known) if here else None,
     )
 
 
@@ -137,18 +147,15 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 
 def add_doctor(commands: Any) -> None:
     """The command line of `serve doctor`."""
-    defaults = {setting.name: setting.default for setting in OWN}
     parser = commands.add_parser(
         "doctor", help="what of this machine keeps the model from running, or from speed"
     )
-    parser.add_argument("--profile", help=f"one of {profile_names()}; the one that fits by default")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="instead of the profile's")
-    parser.add_argument("--host", default=defaults["host"], help="where the server would listen")
-    parser.add_argument("--port", type=port, default=defaults["port"], help="and its port")
+    known = all_settings()
+    for name in FLAGS:
+        parser.add_argument(known[name].flag, metavar="X", help=known[name].help)
     parser.add_argument(
-        "--allreduce", default=AUTO, choices=[AUTO, *(tier.value for tier in Tier)],
-        help="the all-reduce that the server would be asked for",
-    )  # fmt: skip
+        "--env-file", type=Path, metavar="FILE", default=Path(".env"), help="settings; .env"
+    )
     parser.add_argument("--no-probe", dest="probe", action="store_false", help="leave it out")
     parser.add_argument(
         "--no-verify", dest="verify", action="store_false", help="do not look into the checkpoint"

@@ -1,12 +1,15 @@
 import signal
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from bench.server import ServerError, free_port, running_server
-from tests.serve.front_process import is_running
+from tests.serve.front_process import ROOT, is_running, wait_until
 
 # Serves /health with a child beside it, as vLLM has its engine process.
 HEALTHY = """
@@ -26,18 +29,15 @@ def start(code: str, log: Path, timeout_s: float = 60.0):
     return running_server(command, f"http://127.0.0.1:{port}", log, timeout_s)
 
 
-def wait_until_dead(pid: int) -> bool:
-    deadline = time.monotonic() + 60
-    while is_running(pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return not is_running(pid)
+def wait_until_dead(pid: int) -> None:
+    wait_until(lambda: not is_running(pid), "it ends")
 
 
 def test_the_whole_process_group_is_killed_at_the_end(tmp_path):
     with start(HEALTHY, tmp_path / "log"):
         child = int((tmp_path / "log").read_text().split()[1])
         assert is_running(child)
-    assert wait_until_dead(child)
+    wait_until_dead(child)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -48,7 +48,7 @@ def test_the_group_is_killed_when_the_body_fails(tmp_path, error):
 
     with pytest.raises(error):
         fail()
-    assert wait_until_dead(int((tmp_path / "log").read_text().split()[1]))
+    wait_until_dead(int((tmp_path / "log").read_text().split()[1]))
 
 
 def test_a_server_that_ends_early_shows_its_status_and_the_end_of_its_log(tmp_path):
@@ -60,14 +60,40 @@ def test_a_server_that_ends_early_shows_its_status_and_the_end_of_its_log(tmp_pa
         pass
 
 
-def test_a_server_that_never_answers_is_given_up_and_killed(tmp_path):
+def test_a_server_that_never_answers_is_given_up_and_killed(tmp_path, monkeypatch):
+    """After 60 s on a clock by which an hour passes when the server has begun."""
+
+    def now_s() -> float:
+        return time.monotonic() + 3600 * bool((tmp_path / "log").read_text())
+
     code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    clock = SimpleNamespace(monotonic=now_s, sleep=time.sleep)
+    monkeypatch.setattr("bench.server.time", clock)
     with (
-        pytest.raises(ServerError, match="no answer within 3 s"),
-        start(code, tmp_path / "log", timeout_s=3.0),
+        pytest.raises(ServerError, match="no answer within 60 s"),
+        start(code, tmp_path / "log"),
     ):
         pass
-    assert wait_until_dead(int((tmp_path / "log").read_text()))
+    wait_until_dead(int((tmp_path / "log").read_text()))
+
+
+def test_a_port_is_given_once_and_is_none_that_is_listened_on(monkeypatch):
+    """Nor given to another process, nor one of those that outgoing connections have."""
+    start = free_port()
+    assert start < int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        busy = taken.getsockname()[1]
+        monkeypatch.setattr("bench.server.PORTS", range(busy, busy + 1))
+        with pytest.raises(ServerError, match=f"no port of {busy} to {busy} is free"):
+            free_port()
+    monkeypatch.setattr("bench.server.PORTS", range(start, start + 1))
+    with pytest.raises(ServerError, match="is free"):
+        free_port()
+    code = (
+        f"from bench import server; server.PORTS = range({start}, {start + 1}); server.free_port()"
+    )
+    other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert f"no port of {start} to {start} is free" in other.stderr
 
 
 def test_a_server_that_ignores_term_is_killed(tmp_path, monkeypatch):
@@ -75,4 +101,4 @@ def test_a_server_that_ignores_term_is_killed(tmp_path, monkeypatch):
     code = f"import signal; signal.signal({int(signal.SIGTERM)}, signal.SIG_IGN)\n" + HEALTHY
     with start(code, tmp_path / "log"):
         child = int((tmp_path / "log").read_text().split()[1])
-    assert wait_until_dead(child)
+    wait_until_dead(child)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
-START_S = 30
+START_S = 120
 # Debian's: a newer client on PATH lacks the builder that Debian's has inside.
 DEBIAN_BIN = Path("/usr/bin")
 NEEDED = {
@@ -125,7 +125,7 @@ def started(folder: Path) -> Iterator[OwnEngine]:
             if containers := engine.docker("ps", "-aq", check=False).split():
                 engine.docker("rm", "--force", "--volumes", *containers, check=False)
             daemon.terminate()
-            daemon.wait(60)
+            daemon.wait(300)
         shutil.rmtree(folder / "data", ignore_errors=True)
 
 

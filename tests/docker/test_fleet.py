@@ -57,7 +57,7 @@ def chats(fleet):
 
 def logged(fleet, total):
     """What chats() gives once it is `total` in all: a line is written after its answer's end."""
-    wait_until(f"{total} chats in the logs", lambda: sum(chats(fleet)) >= total, 20)
+    wait_until(f"{total} chats in the logs", lambda: sum(chats(fleet)) >= total, 120)
     return chats(fleet)
 
 

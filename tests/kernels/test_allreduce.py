@@ -109,19 +109,19 @@ def test_a_late_peer_is_waited_for(emulation, tmp_path):
 
 @pytest.mark.parametrize("tier", [t.value for t in Tier])
 def test_a_killed_peer_is_reported_within_the_deadline(emulation, tmp_path, tier):
-    faults = {1: {"faults": {3: "kill"}}}
-    a, b = run_ranks(emulation, tmp_path, [8192] * 6, tier, faults=faults, deadline_s=1.0)
+    faults = {0: {"deadlines": {3: 1.0}}, 1: {"faults": {3: "kill"}}}
+    a, b = run_ranks(emulation, tmp_path, [8192] * 6, tier, faults=faults)
     assert b is None
     assert len(a["hashes"]) == 3
-    assert 1.0 <= a["seconds"] < 15  # the peer is dead: without a deadline it would be for ever
+    assert 1.0 <= a["seconds"] < 20  # the peer is dead: without a deadline it would be for ever
     said = r"rank 0 waited \d+\.\d\d s for rank 1: generation 4, 8192 bytes, line "
     assert re.search(said, a["error"])
     assert "\n" not in a["error"]
 
 
 def test_a_peer_that_skips_a_call_is_reported(emulation, tmp_path):
-    faults = {1: {"faults": {4: "skip"}}}
-    a, b = run_ranks(emulation, tmp_path, [64] * 6, faults=faults, deadline_s=1.0)
+    faults = {0: {"deadlines": {5: 1.0}}, 1: {"faults": {4: "skip"}}}
+    a, b = run_ranks(emulation, tmp_path, [64] * 6, faults=faults)
     assert re.search(r"rank 0 waited \d+\.\d\d s for rank 1: generation 6, ", a["error"])
     assert "expected 6, seen 4 and 4" in a["error"]
     assert a["wrong"] == [4]  # equal sizes: the next call's data passes for this one's
@@ -286,19 +286,19 @@ def test_lines_of_the_running_message_are_never_cleared(hand):
         assert set(rank0.inbox[slot + 1 : slot + 4 * rank0.lines : 4]) == {generation}
 
 
-def test_after_the_deadline_later_calls_return_at_once_and_send_nothing(hand):
-    deadline_s = 2.0
-    rank0 = hand(deadline_s=deadline_s)
+def test_after_the_deadline_later_calls_wait_for_nothing_and_send_nothing(hand, library):
+    loads = library.functions.emulated_loads
+    loads.restype = ctypes.c_long
+    rank0 = hand(deadline_s=0.5)
     start = time.monotonic()
     rank0.call(X)
-    assert deadline_s <= time.monotonic() - start < 10 * deadline_s
+    assert 0.5 <= time.monotonic() - start < 60
     first = str(rank0.end.expired())
-    before = list(rank0.sent)
+    before, loads_before = list(rank0.sent), loads()
     rank0.write(2, [ONE] * 4)
-    start = time.monotonic()
     assert rank0.call(X).isnan().all()
-    assert time.monotonic() - start < deadline_s / 2
     assert list(rank0.sent) == before
+    assert loads() == loads_before  # whoever waits looks
     with pytest.raises(RuntimeError) as caught:
         rank0.end.check()
     assert str(caught.value) == first
@@ -313,10 +313,10 @@ def test_the_record_names_who_waited_for_what(hand):
     assert (expired.rank, expired.source, expired.operation) == (0, 1, 1)
     assert (expired.generation, expired.expected, expired.seen) == (7, 7, (5, 5))
     assert (expired.line, expired.num_bytes) == (1, 16)
-    assert 0.2 <= expired.waited_s < 10
+    assert 0.2 <= expired.waited_s < 60
     with pytest.raises(
         RuntimeError,
-        match=r"^all_reduce_oneshot: rank 0 waited \d\.\d\d s for rank 1: generation 7, 16 bytes, "
+        match=r"^all_reduce_oneshot: rank 0 waited \d+\.\d\d s for rank 1: generation 7, 16 bytes, "
         r"line 1 of 2, block \d: expected 7, seen 5 and 5; results since are invalid",
     ):
         rank0.end.check()
@@ -530,19 +530,24 @@ def test_a_failed_ipc_on_one_rank_is_an_error_on_both(library, monkeypatch):
         assert "CUDA error 217" in str(error)
 
 
-def test_a_failed_write_on_one_rank_is_an_error_on_both(library, monkeypatch):
+@pytest.mark.parametrize(
+    "failure",
+    [RuntimeError("dsv4_device_write: CUDA error 700"), AttributeError("no device"), OSError()],
+)
+def test_a_failed_write_on_one_rank_is_an_error_on_both(library, monkeypatch, failure):
+    """Whatever failed, and if it has no words for it."""
     real = abi.Library.call
 
     def fail_once(self, name, *arguments, failed=[]):  # noqa: B006
         if name == "dsv4_device_write" and not failed:
             failed.append(1)
-            raise RuntimeError("dsv4_device_write: CUDA error 700")
+            raise failure
         return real(self, name, *arguments)
 
     monkeypatch.setattr(abi.Library, "call", fail_once)
     for error in together(library, [{}, {}]):
         assert "setup, write: rank " in str(error)
-        assert "CUDA error 700" in str(error)
+        assert (str(failure) or "OSError()") in str(error)
 
 
 def test_without_a_library_both_ranks_say_what_to_run(monkeypatch, tmp_path):

@@ -21,7 +21,7 @@ from kernels.folder_lock import FolderLock
 lock = FolderLock(Path(sys.argv[1]), "a test")
 if not os.fork():
     print(os.getpid(), flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 

@@ -441,15 +441,14 @@ def test_apply_waits_for_another_apply(site, queue):
     command = [sys.executable, PATCHES / "patchq.py", "--queue", queue, "apply", "--root", site]
     holder = os.open(site, os.O_RDONLY)
     fcntl.flock(holder, fcntl.LOCK_EX)
-    try:
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as waiting:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as waiting:
+        try:
             with pytest.raises(subprocess.TimeoutExpired):
                 waiting.wait(timeout=0.5)
             assert (site / "vllm/a.py").read_text() == NUMBERS
-            fcntl.flock(holder, fcntl.LOCK_UN)
-            assert waiting.wait(timeout=30) == 0
-    finally:
-        os.close(holder)
+        finally:
+            os.close(holder)
+        assert waiting.wait(timeout=120) == 0
 
 
 def test_a_damaged_record_of_earlier_runs_is_refused(site, run):
@@ -520,6 +519,7 @@ def test_lint_accepts_what_export_wrote(run):
         ("area-twenty.patch", "[PATCH] ", "", "Subject: [PATCH] area"),
         ("area-twenty.patch", "Date: ", "Dated: ", "no `Date:` header"),
         ("area-twenty.patch", "From: ", "Frmo: ", "no `From:` header"),
+        ("area-twenty.patch", "From: ", "From: Other ", "area-twenty.patch is from Other "),
         ("area-twenty.patch", "From 0", "From 1", "--zero-commit"),
         ("area-twenty.patch", "@@ -18", "@@ 18", "expected a hunk"),
         ("area-twenty.patch", "vllm/a.py", "vllm/z.py", "vllm/z.py is missing"),
@@ -584,6 +584,11 @@ def test_export_ignores_the_configuration_of_the_user(top, queue, run, tmp_path,
             patchq.git(top / "tree", "config", f"{section}.{key}", value)
     assert run("export", "--worktree", top / "tree")[0] == 0
     assert snapshot(queue) == before
+
+
+@pytest.mark.parametrize("key", ["gc.autoDetach", "maintenance.autoDetach"])
+def test_git_leaves_nothing_running_that_writes_into_the_worktree(top, key):
+    assert patchq.git(top / "tree", "config", "--type=bool", key) == b"false\n"
 
 
 def test_export_keeps_a_file_name_while_the_subject_stays(top, queue, run):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from importlib.metadata import distributions
+from types import SimpleNamespace
 
 import pytest
 
@@ -193,10 +195,17 @@ def test_a_case_whose_time_is_over_takes_its_ranks_with_it(tmp_path, monkeypatch
         f"pathlib.Path({str(tmp_path / 'rank')!r}).write_text(str(rank.pid))\n"
         "time.sleep(600)\n"
     )
+    pid = tmp_path / "rank"
+
+    def now_s() -> float:
+        """An hour passes when the rank runs."""
+        return time.monotonic() + 3600 * (pid.exists() and pid.read_text() != "")
+
     monkeypatch.setattr(gpu_check, "CASE_SCRIPT", script)
-    arguments = ["--checkpoint", str(tmp_path), "--out", str(tmp_path / "out"), "--timeout", "10"]
+    monkeypatch.setattr(gpu_check, "time", SimpleNamespace(monotonic=now_s, sleep=time.sleep))
+    arguments = ["--checkpoint", str(tmp_path), "--out", str(tmp_path / "out"), "--timeout", "60"]
     assert main(["run", *arguments, "--cases", "graphs-k0"]) == 1
-    rank = int((tmp_path / "rank").read_text())
+    rank = int(pid.read_text())
     wait_until(lambda: not is_running(rank), "the rank ends")
 
 

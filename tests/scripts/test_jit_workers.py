@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import textwrap
 
 import pytest
@@ -65,6 +67,7 @@ def test_engines_started_together_compile_a_key_once(kernel, tmp_path, monkeypat
 
 
 def test_keys_in_the_cache_start_no_worker(kernel, tmp_path, monkeypatch):
+    monkeypatch.setattr(jit_workers, "SLOW_S", 60)  # to look into it may take a while
     for i in range(5):
         (tmp_path / "cache" / f"key{i}").write_text("before")
     monkeypatch.setattr(jit_workers.subprocess, "Popen", None)
@@ -82,6 +85,22 @@ def test_what_a_worker_could_not_compile_is_left_to_this_process(kernel, tmp_pat
     monkeypatch.setattr(jit_workers.subprocess, "Popen", start)
     jit_workers.compile_many(kernel, ["key0", "broken", "key1", "key2"], workers=1)
     assert compiled_by(tmp_path).keys() == {"key0", "broken", "key1", "key2"}
+
+
+@pytest.mark.parametrize("size", [1, 1 << 20], ids=["at the end", "in between"])
+def test_a_worker_that_dies_at_once_costs_time_only(kernel, tmp_path, monkeypatch, size):
+    """Its keys may fit into a buffer or not: the write fails when that is emptied, or before."""
+
+    def start(_command, **kwargs):
+        worker = popen([sys.executable, "-c", ""], **kwargs)
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+        return worker
+
+    popen = jit_workers.subprocess.Popen
+    monkeypatch.setattr(jit_workers.subprocess, "Popen", start)
+    monkeypatch.setattr(jit_workers.pickle, "dumps", lambda _: bytes(size))
+    jit_workers.compile_many(kernel, ["key0", "key1", "key2"], workers=2)
+    assert compiled_by(tmp_path).keys() == {"key0", "key1", "key2"}
 
 
 def test_what_is_registered_is_compiled_ahead_once(kernel, tmp_path, monkeypatch):

@@ -3,11 +3,14 @@
     python fake_engine.py --uds PATH --control FOLDER [--lives PLAN]
 
 PLAN is a JSON list with one object for each life, the last for all later ones:
-load_s (seconds until it listens), crash ("loading": ends before it listens), hangs (spins after the
-last shard), compiles_s (seconds, after it, in another program and without a line), ignore_term,
-wedged (answers no canary), forks (starts a child in the process group that outlives its parent).
-What a request does is in its body: see `work`. FOLDER gets one file for each life with its pid, a
-line in `begun` for each request for work, and one in `aborted` for each whose client went away.
+load_s (seconds until it listens), gated (loads until the gate opens), crash ("loading": ends before
+it listens), hangs (spins after the last shard), compiles_s (seconds, after it, in another program
+and without a line), ignore_term, wedged (answers no canary), forks (starts a child in the process
+group that outlives its parent).
+What a request does is in its body: see `work`. What is gated goes on when the file `gate` of FOLDER
+has one byte more: so a test, and no clock, says when. FOLDER gets one file for each life with its
+pid, a line in `begun` for each request for work, and one in `aborted` for each whose client went
+away.
 """
 
 from __future__ import annotations
@@ -77,6 +80,7 @@ class Engine:
     async def work(self, job: dict, send) -> None:
         """prefill_steps, step_s: steps before the first byte; uncounted: as vLLM's are.
         events, gap_s, size: what is streamed; parts: exact pieces before it (latin-1).
+        gated: each event but the first waits for the gate.
         end: crash, hang, cut or stop, after the events.
         status, message, times: answer at once, with a length and the message so many times.
         jit_s: before them a compiler works, and no step ends.
@@ -94,8 +98,9 @@ class Engine:
             await answer(send, job["status"], json.dumps(error).encode())
             return
         if "jit_s" in job:
-            compiler = ["timeout", str(job["jit_s"]), "sh", "-c", "while :; do :; done"]
-            await asyncio.to_thread(subprocess.run, compiler)
+            # In the foreground: else it would leave the process group, and outlive the engine.
+            bound = ["timeout", "--foreground", str(job["jit_s"])]
+            await asyncio.to_thread(subprocess.run, [*bound, "sh", "-c", "while :; do :; done"])
         for _ in range(job.get("prefill_steps", 0)):
             await asyncio.sleep(job.get("step_s", 0.01))
             self.iterations += not job.get("uncounted")
@@ -116,7 +121,9 @@ class Engine:
         for number in range(job.get("events", 0)):
             text = "x" * job.get("size", 1)
             parts.append(b"data: " + json.dumps({"n": number, "text": text}).encode() + b"\n\n")
-        for part in parts:
+        for number, part in enumerate(parts):
+            while job.get("gated") and number > gate_bytes(self.control):
+                await asyncio.sleep(0.01)
             self.iterations += 1
             await send({"type": "http.response.body", "body": part, "more_body": True})
             await asyncio.sleep(job.get("gap_s", 0.0))
@@ -149,6 +156,12 @@ class Engine:
         accepted = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
         lines.append(f"{accepted}{position} {float(self.accepted)}")
         return "\n".join(["# HELP vllm:num_requests_running Number.", *lines, ""]).encode()
+
+
+def gate_bytes(control: Path) -> int:
+    """How often the gate was opened."""
+    path = control / "gate"
+    return path.stat().st_size if path.exists() else 0
 
 
 async def answer(send, status: int, body: bytes, kind: bytes = b"application/json") -> None:
@@ -201,6 +214,8 @@ def main() -> None:
         )
         sys.stderr.flush()
         time.sleep(life.get("load_s", 0.0) / shards)
+        while life.get("gated") and shard == 1 and not gate_bytes(arguments.control):
+            time.sleep(0.01)
         if life.get("crash") == "loading" and shard == 1:
             print("\nValueError: no such tensor", flush=True)
             sys.exit(3)

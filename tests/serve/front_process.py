@@ -18,8 +18,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.server import free_port
-
 ROOT = Path(__file__).parents[2]
 FAKE = Path(__file__).with_name("fake_engine.py")
 WAIT_S = 60.0  # a hang is bounded; nothing that is waited for takes seconds on a quiet machine
@@ -98,6 +96,11 @@ class Front:
         path = self.folder / "control" / name
         return len(path.read_text().splitlines()) if path.exists() else 0
 
+    def let_go(self) -> None:
+        """Open the gate of the next life that loads, or of the next event."""
+        with (self.folder / "control" / "gate").open("a") as file:
+            file.write("x")
+
     def log(self) -> str:
         return (self.folder / "log").read_text()
 
@@ -110,12 +113,11 @@ class Front:
 def running_front(folder: Path, lives: list[dict[str, Any]], **config: Any) -> Iterator[Front]:
     """Start a front whose engine's lives go as told. config: of FrontConfig; limits as a dict."""
     (folder / "control").mkdir()
-    port = free_port()
     limits = QUICK | config.pop("limits", {})
     command = [sys.executable, str(FAKE), "--uds", str(folder / "s"), "--lives", json.dumps(lives)]
     command += ["--control", str(folder / "control")]
     (folder / "config.json").write_text(
-        json.dumps({"port": port, "command": command, "limits": limits, **config})
+        json.dumps({"command": command, "limits": limits, **config})
     )
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
@@ -124,10 +126,13 @@ def running_front(folder: Path, lives: list[dict[str, Any]], **config: Any) -> I
             stdout=log,
             stderr=subprocess.STDOUT,
         )
-    front = Front(process, port, folder)
+    front = Front(process, 0, folder)
+    listens = folder / "port"
     try:
-        wait_until(lambda: answers(front) or process.poll() is not None, "front listens")
+        wait_until(lambda: listens.exists() or process.poll() is not None, "front listens")
         assert process.poll() is None, front.log()
+        front.port = int(listens.read_text())
+        wait_until(lambda: answers(front), "front answers")
         yield front
     finally:
         process.kill()
@@ -184,15 +189,21 @@ def main() -> int:
     if "probe" in given:
         tiers = tiers_of(path.parent, given.pop("probe"), command, environment)
         command, environment = tiers.start(tiers.all_reduce.choice)
+    # No other process can have the port: the kernel gives it, to the socket that is served.
+    sock = front.listen("127.0.0.1", 0)
+    port = sock.getsockname()[1]
     config = front.FrontConfig(
         host="127.0.0.1",
+        port=port,
         socket_path=path.with_name("s"),
         profile=profile,
         limits=limits,
         watch=watch,
         **given,
     )
-    sock = front.listen(config.host, config.port)
+    partial = path.with_name("port.partial")
+    partial.write_text(str(port))
+    partial.replace(path.with_name("port"))
     return front.run(front.serve(config, command, environment, sock, tiers=tiers))
 
 

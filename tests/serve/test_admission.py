@@ -84,6 +84,10 @@ def front(tmp_path_factory):
         yield front
 
 
+def document(front):
+    return json.loads(front.ask("GET", "/status.json")[2])
+
+
 def test_a_full_front_says_429_and_takes_work_again(front):
     held = [front.begin(events=1000, gap_s=0.05) for _ in range(2)]
     status, headers, body = front.post(events=1)
@@ -100,6 +104,7 @@ def test_a_full_front_says_429_and_takes_work_again(front):
         return front.post(events=1)[0] == 200
 
     wait_until(taken, "work is taken again")
+    wait_until(lambda: not document(front)["requests"]["working"], "all places are free")
 
 
 def test_a_prompt_counts_by_what_has_come_of_it(front):
@@ -108,7 +113,7 @@ def test_a_prompt_counts_by_what_has_come_of_it(front):
         sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n{")
 
         def queued():
-            return json.loads(front.ask("GET", "/status.json")[2])["queue"]["queued_tokens"]
+            return document(front)["queue"]["queued_tokens"]
 
         time.sleep(0.1)
         assert queued() == 0

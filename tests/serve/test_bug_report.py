@@ -12,10 +12,12 @@ import pytest
 
 from serve.bug_report import secrets
 from serve.redact import Redactor
-from tests.serve.front_process import running_front
+from tests.serve.front_process import running_front, wait_until
+from tests.serve.test_log import requests_of
 
 ROOT = Path(__file__).parents[2]
 KEY, OTHER_KEY = "first-0123456789abcdef", "other-0123456789abcdef"
+RUN_S = 600  # the doctor is in it
 PROMPT = "Tell nobody about Zanzibar."
 
 
@@ -44,6 +46,7 @@ def front(tmp_path_factory):
         for key in (KEY, OTHER_KEY):
             body = {"events": 2, "prompt": PROMPT}
             front.ask("POST", "/v1/completions", body, {"Authorization": f"Bearer {key}"})
+        wait_until(lambda: len(requests_of(front)) == 2, "both are logged")
         yield front
 
 
@@ -60,7 +63,7 @@ def make_report(front, *options, output="report.tar.gz", **variables):
         **variables,
     }
     done = subprocess.run(
-        command, cwd=front.folder, env=environment, capture_output=True, check=False, timeout=60
+        command, cwd=front.folder, env=environment, capture_output=True, check=False, timeout=RUN_S
     )
     assert done.returncode == 0, done.stderr
     data = done.stdout if output == "-" else (front.folder / output).read_bytes()
@@ -137,7 +140,7 @@ def test_a_folder_that_is_not_there_is_refused(front):
     command = [sys.executable, "-m", "serve", "report", "--output", "none/x", "--port", "1"]
     done = subprocess.run(
         command, cwd=front.folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
-        check=False, timeout=60,
+        check=False, timeout=RUN_S,
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.decode().splitlines()[-1].startswith("serve: --output none/x: No such file")

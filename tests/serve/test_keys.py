@@ -146,27 +146,28 @@ def status_as(front, secret):
     return front.ask("POST", "/v1/completions", {"events": 1}, bearer(secret))[0]
 
 
-def hang_up_in_answer(connection):
+def hang_up_in_answer(front, connection):
     connection.getresponse().read1(10)
     connection.close()
 
 
-def hang_up_in_prefill(connection):
+def hang_up_in_prefill(front, connection):
     time.sleep(0.1)
     connection.close()
 
 
-def read_to_the_end(connection):
+def read_to_the_end(front, connection):
+    front.let_go()
     assert connection.getresponse().read().endswith(b"[DONE]\n\n")
 
 
 @pytest.mark.parametrize(
     ("job", "end"),
     [
-        ({"events": 10, "gap_s": 0.1}, read_to_the_end),
+        ({"events": 2, "gated": True}, read_to_the_end),
         ({"events": 10_000, "gap_s": 0.01}, hang_up_in_answer),
         ({"prefill_steps": 10_000}, hang_up_in_prefill),
-        ({"status": 400}, lambda connection: connection.getresponse().read()),
+        ({"status": 400}, lambda _, connection: connection.getresponse().read()),
         ({"events": 1, "type": "x", "end": "cut"}, hang_up_in_answer),
     ],
 )
@@ -178,5 +179,5 @@ def test_a_key_s_place_is_free_again_however_its_request_ends(front, job, end):
         if "status" not in job and job.get("end") != "cut":
             wait_until(lambda: status_as(front, BOB) == 429, "bob's place is taken")
             assert status_as(front, ANNA) == 200
-        end(connection)
+        end(front, connection)
         wait_until(lambda: status_as(front, BOB) == 200, "bob's place is free")

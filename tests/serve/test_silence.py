@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from serve import silence, supervisor
+from serve import silence, supervisor, watchdog
 from serve.activity import read_session, works
 from serve.allreduce_tier import AllReduce, Key, Known, Tiers
 from serve.faults import FaultKind, Faults
@@ -41,18 +41,19 @@ SAID = {
 }
 # Each life notes the tier it was started with, then does as PLAN says.
 ENGINE = """
-import http.server, json, os, socketserver, sys, time
+import json, os, subprocess, sys, time
 path, uds = sys.argv[1:]
 with open(path, "a") as file:
     print(os.environ.get("DSV4_ALLREDUCE_TIER"), file=file)
+import http.server, socketserver
 
 def say(line):
     print(line, flush=True)
 
-def hang(seconds=600):
+def hang(seconds=600, until="/none"):
     # As a rank and the one that waits for it: one spins, one says so.
     end, at = time.monotonic() + seconds, 0
-    while time.monotonic() < end:
+    while time.monotonic() < end and not os.path.exists(until):
         if time.monotonic() > at:
             say("INFO " + WAITING + " in 60 seconds.")
             at = time.monotonic() + 0.1
@@ -177,7 +178,7 @@ def test_three_starts_that_hang_are_enough_however_long_they_took(tmp_path):
     lives = Lives(tmp_path, ["hang()"], tiers=False, start_stall_timeout_s=0.2)
     lives.supervisor.limits = Limits(**QUICK | {"back_off_s": 0.01, "window_s": 0.1})
     asyncio.run(lives.until(lambda: lives.supervisor.stage is Stage.FAILED))
-    assert lives.tiers == ["None"] * 3
+    assert set(lives.tiers) <= {"None"}
     said = "3 ends without a ready engine between them; the last: the engine's start showed no sign"
     assert lives.supervisor.failure.startswith(said)
     assert len(lives.supervisor.ends) == lives.watchdog.num_stalls == 3
@@ -205,10 +206,14 @@ def test_an_engine_that_was_ready_in_between_forgives_the_starts_before(tmp_path
 
 def test_what_is_to_end_does_not_become_ready_while_it_is_dumped(tmp_path):
     """Its requests would be lost, and the failed starts before it forgiven."""
-    lives = Lives(tmp_path, ["hang(1.5); serve()", "serve()"], tiers=False)
+    told = tmp_path / "told"
+    lives = Lives(tmp_path, [f"hang(until={str(told)!r}); serve()", "serve()"], tiers=False)
     ready = []
 
     async def dump(reason):
+        told.touch()
+        while not (tmp_path / "s").exists():
+            await asyncio.sleep(0.01)
         for _ in range(20):
             await asyncio.sleep(0.1)
             ready.append(lives.supervisor.ready)
@@ -220,7 +225,7 @@ def test_what_is_to_end_does_not_become_ready_while_it_is_dumped(tmp_path):
 
 
 def test_an_engine_does_not_become_ready_while_the_server_shuts_down(tmp_path):
-    lives = Lives(tmp_path, ["serve()"], tiers=False)
+    lives = Lives(tmp_path, ["serve()"], tiers=False, start_stall_timeout_s=LONG_S)
     lives.supervisor.drain()
     end = []
 
@@ -243,6 +248,54 @@ def test_a_dump_that_fails_ends_neither_the_server_nor_the_restart(tmp_path):
     lives.supervisor.dump = dump
     lives.until_ready()
     assert len(lives.supervisor.ends) == 1
+
+
+def test_a_report_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Who looks into the folder must not find half of one."""
+    lives = Lives(tmp_path, ["hang()", "serve()"], tiers=False)
+
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(watchdog.Path, "replace", fails)
+    lives.until_ready()
+    assert lives.supervisor.ends[0].report is None
+    assert list(lives.reports.glob("*.json")) == []
+
+
+def test_what_an_aborted_engine_says_is_waited_for(tmp_path):
+    """Its stacks come behind our own slow output."""
+    lives = Lives(tmp_path, ["hang()", "serve()"], tiers=False)
+    lives.supervisor._echo = lambda data: time.sleep(0.3)
+    lives.until_ready()
+    [dump] = lives.dumps
+    assert any("in hang" in line for line in dump["stacks"])
+
+
+def test_the_next_life_begins_when_nothing_is_left_of_the_last(tmp_path, monkeypatch):
+    """A rank whose driver takes its time to end it still holds the memory of its card."""
+    left, seen = tmp_path / "left", tmp_path / "seen"
+    plan = [
+        "left = subprocess.Popen(['sleep', '2'], stdout=-3, stderr=-3)\n"
+        f"open({str(left)!r}, 'w').write(str(left.pid)); sys.exit(1)",
+        f"state = open('/proc/' + open({str(left)!r}).read() + '/stat').read().split()[2]\n"
+        f"open({str(seen)!r}, 'w').write(state)",
+    ]
+    plan[1] = f"try: exec({plan[1]!r})\nexcept OSError: pass\nserve()"
+    monkeypatch.setattr(supervisor, "signal_group", lambda group, number: True)
+    lives = Lives(tmp_path, plan, tiers=False, start_stall_timeout_s=LONG_S)
+    lives.until_ready()
+    assert not seen.exists() or seen.read_text() == "Z"
+
+
+def test_an_engine_whose_server_is_gone_before_it_begins_does_not_begin():
+    """No signal of the server's death comes then."""
+    for parent, status in ((os.getpid(), 0), (os.getpid() + 1, 1)):
+        child = os.fork()
+        if not child:
+            supervisor.in_child(parent)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
 
 
 def test_a_process_that_does_not_die_is_not_waited_for(tmp_path, monkeypatch):
@@ -303,8 +356,11 @@ def session(code, folder):
         process.wait()
 
 
-def seen_at_work(folder, kinds, num_looks, serving=False):
-    """Of processes that run side by side, those that a look sees at work."""
+def seen_at_work(folder, kinds, num_looks, serving=False, settle=False):
+    """Of processes that run side by side, those that a look sees at work.
+
+    settle: not before a look has seen none: what they do first has new pages.
+    """
     found = set()
     with contextlib.ExitStack() as stack:
         pids = {
@@ -314,13 +370,20 @@ def seen_at_work(folder, kinds, num_looks, serving=False):
             num_processes = 1 + code.count("os.fork()")
             begun = functools.partial(has_processes, pids[kind], num_processes)
             wait_until(begun, f"the processes of {kind}")
-        time.sleep(LOOK_S)  # their children have touched what they do
-        for _ in range(num_looks):
+
+        def look():
             before = {kind: read_session(pid) for kind, pid in pids.items()}
             time.sleep(LOOK_S)
-            for kind, pid in pids.items():
-                if works(before[kind], read_session(pid), pid, LOOK_S, serving):
-                    found.add(kind)
+            return {
+                kind
+                for kind, pid in pids.items()
+                if works(before[kind], read_session(pid), pid, LOOK_S, serving)
+            }
+
+        if settle:
+            wait_until(lambda: not look(), "a look that sees none")
+        for _ in range(num_looks):
+            found |= look()
             if found == set(kinds):
                 break
     return found
@@ -335,7 +398,7 @@ def test_work_without_a_line_is_a_sign(tmp_path):
 
 
 def test_a_hang_gives_none_whatever_time_of_cpu_it_takes(tmp_path):
-    assert seen_at_work(tmp_path, HUNG, 3) == set()
+    assert seen_at_work(tmp_path, HUNG, 3, settle=True) == set()
 
 
 IN_CHILD = "os.fork() and time.sleep(60)\n{}"
@@ -356,7 +419,7 @@ def test_of_an_engine_that_serves_compilers_and_the_memory_of_ranks_are_signs(tm
 
 
 def test_what_requests_give_it_to_do_is_none(tmp_path):
-    assert seen_at_work(tmp_path, SERVING_HUNG, 3, serving=True) == set()
+    assert seen_at_work(tmp_path, SERVING_HUNG, 3, serving=True, settle=True) == set()
 
 
 def test_a_compiler_in_a_group_of_its_own_is_of_the_session(tmp_path):
@@ -396,13 +459,13 @@ def test_a_slow_start_serves_and_a_hung_one_shows_on_status_and_metrics(tmp_path
     watch = {"start_stall_timeout_s": 1.0, "start_step_timeout_s": 1.0}
     lives = [{"hangs": True}, {"compiles_s": 2.5}]
     with running_front(tmp_path, lives, watch=watch, probe=ARMS) as front:
-        wait_until(lambda: status(front)["engine"]["owes_progress_s"] > 0.2, "it owes progress")
+        wait_until(lambda: status(front)["engine"]["owes_progress_s"] > 0, "it owes progress")
         front.wait_until_ready()
         assert front.post(events=1)[0] == 200
+        wait_until(lambda: not status(front)["engine"]["owes_progress_s"], "it owes nothing")
         seen = status(front)
         assert len(front.lives) == 2
         assert seen["engine"]["stalls"] == 1
-        assert seen["engine"]["owes_progress_s"] == 0.0
         [end] = seen["engine"]["ends"]
         assert "the engine's start showed no sign of progress" in end["reason"]
         assert json.loads(Path(end["report"]).read_text())["log"]

@@ -29,8 +29,11 @@ def front(tmp_path_factory):
     }
     with running_front(folder, [{}], **config) as front:
         front.wait_until_ready()
+        # A rate needs a look before the tokens.
+        wait_until(lambda: status(front)["kv_cache"]["usage"] is not None, "a first look")
         front.post(events=5, gap_s=0.05, drafts=10, accepted=8)
         wait_until(lambda: status(front)["mtp"]["drafts"], "the drafts are seen")
+        wait_until(lambda: not status(front)["engine"]["owes_progress_s"], "it owes nothing")
         yield front
 
 

@@ -16,7 +16,7 @@ from tests.serve.front_process import WAIT_S, is_running, running_front, wait_un
 
 
 def test_it_answers_while_the_engine_loads(tmp_path):
-    with running_front(tmp_path, [{"load_s": 2, "shards": 8}]) as front:
+    with running_front(tmp_path, [{"gated": True, "shards": 8}]) as front:
         assert front.ask("GET", "/livez")[0] == 200
         seen = wait_until(lambda: front.readiness()["progress"], "progress")
         assert seen["what"] == "Loading safetensors checkpoint shards"
@@ -31,6 +31,7 @@ def test_it_answers_while_the_engine_loads(tmp_path):
         error = json.loads(body)["error"]
         assert error["code"] == 503
         assert "the engine is not ready: loading" in error["message"]
+        front.let_go()
         front.wait_until_ready()
         assert front.post(events=1)[0] == 200
         assert front.ask("GET", "/v1/health/ready")[0] == 200
@@ -45,12 +46,13 @@ def drain(front):
 def test_sigterm_lets_running_streams_finish_and_takes_no_new_work(tmp_path):
     with running_front(tmp_path, [{}]) as front:
         front.wait_until_ready()
-        connection, response = front.begin(events=20, gap_s=0.1)
+        connection, response = front.begin(events=2, gated=True)
         drain(front)
         status, headers, body = front.post(events=1)
         assert status == 503
         assert int(headers["Retry-After"]) >= 1
         assert "shutting down" in json.loads(body)["error"]["message"]
+        front.let_go()
         with contextlib.closing(connection):
             assert response.read().endswith(b"data: [DONE]\n\n")
         assert front.process.wait(WAIT_S) == 0
@@ -59,17 +61,17 @@ def test_sigterm_lets_running_streams_finish_and_takes_no_new_work(tmp_path):
 
 def test_a_drain_under_load_loses_no_accepted_request(tmp_path):
     """Each request gets its whole answer, a 503, or no connection at all."""
-    outcomes = []
+    outcomes, ending = [], threading.Event()
 
     def ask_on(front):
         while True:
+            late = ending.is_set()
             try:
                 status, _, body = front.post(events=5, gap_s=0.02)
-            except ConnectionRefusedError:
-                return
             except (OSError, http.client.HTTPException) as error:
-                # Between accept and the first byte read nothing was accepted yet.
-                outcomes.append(type(error).__name__)
+                # Once it ends, a connection may be refused, or reset before its first byte is read.
+                if not (late and isinstance(error, ConnectionError)):
+                    outcomes.append(type(error).__name__)
                 return
             whole = status == 503 or body.endswith(b"[DONE]\n\n")
             outcomes.append(f"{status}" if whole else f"cut: {body[-80:]!r}")
@@ -82,6 +84,7 @@ def test_a_drain_under_load_loses_no_accepted_request(tmp_path):
         for thread in threads:
             thread.start()
         wait_until(lambda: len(outcomes) >= len(threads), "it is under load")
+        ending.set()
         assert front.terminate() == 0
         for thread in threads:
             thread.join(WAIT_S)
@@ -116,7 +119,7 @@ def test_a_request_that_is_no_work_is_answered_before_the_end_too(tmp_path):
 def test_what_an_engine_drops_that_ends_in_a_drain_is_counted(tmp_path):
     with running_front(tmp_path, [{}]) as front:
         front.wait_until_ready()
-        connection, response = front.begin(events=50, gap_s=0.1)
+        connection, response = front.begin(events=2, gated=True)
         drain(front)
         os.kill(front.lives[0], signal.SIGKILL)
         assert front.process.wait(WAIT_S) == 1
@@ -138,7 +141,7 @@ def test_an_engine_that_ignores_sigterm_is_killed(tmp_path):
         front.wait_until_ready()
         start = time.monotonic()
         assert front.terminate() == 0
-        assert 0.9 < time.monotonic() - start < 8
+        assert time.monotonic() - start > 0.9  # it had the time to end by itself
         assert not is_running(front.lives[0])
 
 
@@ -231,4 +234,5 @@ def test_ends_before_the_window_do_not_count(tmp_path):
 def test_the_engine_s_output_is_passed_on(tmp_path):
     with running_front(tmp_path, [{}]) as front:
         front.wait_until_ready()
-        assert "(Worker pid=1) INFO Starting to load model /model...\n" in front.log()
+        line = "(Worker pid=1) INFO Starting to load model /model...\n"
+        wait_until(lambda: line in front.log(), "it is passed on")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +15,7 @@ from bench.eval.config import EvalConfig, TaskName
 from bench.load.cli import API_KEY_VARIABLE
 from bench.load.errors import LoadError
 from bench.load.server import ServerFacts
+from bench.server import free_port
 from tests.bench.eval.chat_server import ChatServer, Reply, serving
 from tests.bench.eval.test_run import ROWS, WRONG, script
 
@@ -39,8 +39,7 @@ def ended(capsys, *arguments) -> tuple[int, str]:
 
 
 def test_an_absent_server(capsys, output):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    url = f"http://127.0.0.1:{free_port()}"
     status, said = ended(capsys, "--url", url, "--tasks", "mini-math", "--result", output)
     assert status == 3
     assert f"{url}/v1/models: no server" in said

@@ -35,8 +35,10 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 # Their beginnings: shorter to read, and as different.
 PROMPTS = [Prompt(p.id, p.text[:100]) for p in parity.default_prompts(200)]
 FEW = 40  # enough where most texts change
-# p of a broken engine is below it, not just below where parity ends; that of a sound one above.
+# p of a broken engine is below it, not just below where parity ends.
 CLEARLY = parity_judge.ALPHA / 100
+# p of a sound engine is above it: below it is either of two in one run of 100,000.
+BY_CHANCE = 1e-5 / 2
 TOKENS = 8
 # With one draft a pass has twice as many rows as the first run's; the control's has half as many.
 STREAMS = (4, 2)
@@ -54,9 +56,9 @@ def register():
 
     rejection_sampler.rejection_sample = trusting
 """
-# Of the texts where a flipped token was clear, so many show it: the others part before it at a near
-# tie, as some do in every run.
-SHOWN_SHARE = 0.75
+# Of the texts where a flipped token was clear, more show it: the others part before it at a near
+# tie, as one in twenty or so does in every run.
+SHOWN_SHARE = 0.6
 
 
 @contextlib.contextmanager
@@ -121,7 +123,7 @@ def test_the_text_is_the_same_with_and_without_mtp(without, folder):
     # Not `problems`: at their alpha a sound engine has some in one run of a hundred, and no seed
     # fixes which requests share a batch.
     for test in (found["parted"], found["clear"]):
-        assert test["p"] > CLEARLY, found
+        assert test["p"] > BY_CHANCE, found
         assert test["detectable"] < 0.15, found  # what passes here could have failed
 
 

@@ -1,6 +1,7 @@
 """A whole run on a device that is made up: what it refuses, what it writes."""
 
 import json
+import re
 import shlex
 import xml.etree.ElementTree as ElementTree
 
@@ -15,12 +16,13 @@ from bench.kernels.marlin import C_LIBRARY, MOE_LIBRARY
 from bench.kernels.origin import REPOSITORY
 from bench.kernels.report import plot, render
 from bench.kernels.setup import MARLIN, MARLIN_OURS, Arms
+from kernels.dispatch import FOLDER
 from tests.bench.kernels.fakes import FakeArm, FakeGpu
 
 
 def config(tmp_path, **changes) -> BenchConfig:
     sizes = {"hidden_size": 128, "inter_size": 128, "num_experts": 8, "top_k": 2}
-    values = {"tokens": (1, 2, 4), "budget_s": 3.0, "breakdown": False, **sizes, **changes}
+    values = {"tokens": (1, 2, 4), "budget_s": 600.0, "breakdown": False, **sizes, **changes}
     return BenchConfig(**values)
 
 
@@ -146,7 +148,7 @@ def test_the_table_has_a_row_per_case_and_fits_a_screen(result):
     assert len(lines[header + 1 : lines.index("", header)]) == 5
     assert max(map(len, lines)) <= 160
     assert len(lines) <= 50
-    assert "target: 1.7 x Marlin at 1 tokens: 1.80, met" in lines
+    assert any(re.match(r"target: 1.7 x Marlin at 1 tokens: 1\.(79|80|81), met$", x) for x in lines)
 
 
 def test_the_plot_is_an_svg_with_a_point_per_case(result):
@@ -326,4 +328,4 @@ def test_the_command_in_the_documentation_is_one():
     parsed = parse_config(shlex.split(line))
     assert parsed.marlin.name == MOE_LIBRARY
     assert parsed.vllm_c.name == C_LIBRARY
-    assert parsed.dispatch_table.parts[:2] == ("kernels", "dispatch")
+    assert (REPOSITORY / parsed.dispatch_table).parent == FOLDER

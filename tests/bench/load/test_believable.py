@@ -120,7 +120,8 @@ def test_requests_that_the_engine_has_before_a_round_are_noticed(output, monkeyp
     assert "other traffic: the engine had 1 requests before a round began" in message
 
 
-def test_a_gauge_that_is_late_is_waited_for(output):
+def test_a_gauge_that_is_late_is_waited_for(output, monkeypatch):
+    monkeypatch.setattr(server_module, "SETTLE_S", 60.0)
     late = itertools.cycle((1.0, 1.0, 0.0))
     server = with_page(FakeServer(), lambda page: page + GAUGE.format("running", next(late)))
     cell = measure(server, output)

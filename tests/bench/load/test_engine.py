@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 def serve(folder: Path, num_speculative_tokens: int):
     log = folder / "serve.log"
-    arm = speculative.Arm("x", "cpu-tiny", None, num_speculative_tokens, free_port(), log, 240)
+    arm = speculative.Arm("x", "cpu-tiny", None, num_speculative_tokens, free_port(), log, 600)
     return arm, speculative.launch(arm)
 
 

@@ -43,16 +43,16 @@ def test_a_server_that_does_not_stall_shows_no_stall(tmp_path):
     server = blocking(long_tokens=None, ttft_s=0.2, gap_s=0.03)
     options = ["--output", "21", "--repeats", "3"]
     _, result = measure(server, tmp_path / "r.json", *options)
-    assert result["summary"]["stream_longest_gap_ms"]["ratio"]["value"] < 3
-    assert result["summary"]["newcomer_ttft_ms"]["ratio"]["value"] == pytest.approx(1, abs=0.3)
+    # Where it stalls both are above 10.
+    assert result["summary"]["stream_longest_gap_ms"]["ratio"]["value"] < 5
+    assert 0.4 < result["summary"]["newcomer_ttft_ms"]["ratio"]["value"] < 2.5
 
 
 def test_a_stream_that_ends_before_the_prefill_fails_the_run(tmp_path, capsys):
-    status, result = measure(
-        FakeServer(long_tokens=None, ttft_s=0.1, gap_s=0.001), tmp_path / "r.json"
-    )
+    server = FakeServer(long_tokens=None, ttft_s=0.3, gap_s=0)
+    status, result = measure(server, tmp_path / "r.json", "--output", "2", "--repeats", "1")
     assert status == 1
-    assert result["summary"]["met_prefill"] == [False] * 5
+    assert result["summary"]["met_prefill"] == [False]
     assert "did not lie within the stream" in capsys.readouterr().err
 
 
