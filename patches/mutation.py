@@ -156,7 +156,8 @@ def check(
     controls: dict[str, Outcome] = {}
 
     def guard(test: str, images: dict[str, bytes | None]) -> Outcome:
-        with tempfile.TemporaryDirectory(prefix="patchq-") as name:
+        # A process that a guard left behind may still write byte code there.
+        with tempfile.TemporaryDirectory(prefix="patchq-", ignore_cleanup_errors=True) as name:
             make_overlay(root, Path(name), images)
             return run_guard(test, repository, Path(name), timeout_s)
 

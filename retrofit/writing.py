@@ -186,15 +186,16 @@ class Partial:
             raise BadInput(f"{self.dst}: exists; choose another name or remove it")
 
     def _hold(self) -> FolderLock:
-        try:
-            lock = FolderLock(self.folder, f"writes {self.dst.name}", LOCK)
-        except FolderHeld as error:
-            raise BadInput(
-                f"{self.folder}: is held by {error}; one run works in a folder at a time"
-            ) from None
-        if lock.stands():
-            return lock
-        lock.release()
+        with contextlib.suppress(FileNotFoundError):  # one that was refused removed its folder
+            try:
+                lock = FolderLock(self.folder, f"writes {self.dst.name}", LOCK)
+            except FolderHeld as error:
+                raise BadInput(
+                    f"{self.folder}: is held by {error}; one run works in a folder at a time"
+                ) from None
+            if lock.stands():
+                return lock
+            lock.release()
         raise BadInput(f"{self.folder}: another run ended in it just now; start the command again")
 
     def _begin(self, identity: Mapping[str, Any], files: Mapping[str, Iterable[Path]]) -> None:

@@ -18,6 +18,7 @@ ROOT = HERE.parents[1]
 # A newly trained checkpoint can be tried before it replaces the committed one.
 CHECKPOINT = Path(os.environ.get("TINY_CHECKPOINT", ROOT / "tiny" / "checkpoint"))
 TIMEOUT_S = 900
+LOG_END = 30_000  # characters: where ranks fail together, what one says first is far from the end
 
 
 @dataclass
@@ -78,11 +79,12 @@ def run_script(script: str, job: Path, result: Path, env: dict[str, str]) -> str
         [sys.executable, str(HERE / script), str(job), str(result)],
         env=environment,
         text=True,
+        errors="replace",  # processes that write at once may cut each other's characters
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         timeout=TIMEOUT_S,
     )
-    assert done.returncode == 0, done.stdout[-6000:]
+    assert done.returncode == 0, done.stdout[-LOG_END:]
     return done.stdout
 
 

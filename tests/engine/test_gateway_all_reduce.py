@@ -17,7 +17,6 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from bench.server import free_port
 from kernels.build import ROOT
 from serve.command import vllm_command
 from serve.profiles import load_profile
@@ -29,7 +28,9 @@ from tests.serve.front_process import Front, answers, wait_until
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 START_S = 600  # half a minute on a quiet machine
-DEADLINE_S = 6  # a rank of a sound link is never so late
+START_DEADLINE_S = 120  # until the ranks are warm: one of them may begin much later
+DEADLINE_S = 10  # a rank of a sound link is never so late, once it serves
+STOP_S = 180  # of a hang
 JOB = {"model": "dsv4-tiny", "prompt": "The sea", "temperature": 0}
 LONG = JOB | {"max_tokens": 3000, "ignore_eos": True}  # what the link does not live to see
 PROBE = {"peer-push": "healthy", "peer-pull": "hang", "host-pinned": "healthy"}
@@ -44,18 +45,18 @@ class Patient(Front):
 
 @pytest.fixture
 def front(tmp_path):
-    port = free_port()
     uds, record = tmp_path / "s", tmp_path / "load.json"
     command = vllm_command(load_profile("cpu-tiny"), CHECKPOINT, "", 0, 1, uds=uds)
     command += ["--tensor-parallel-size", "2", "--distributed-executor-backend", "mp"]
     command += ["--worker-cls", "tests.engine.bounded_cpu_worker.Worker", "--dtype", "bfloat16"]
-    config = {"port": port, "command": command, "probe": PROBE, "load_record": str(record)}
+    config = {"command": command, "probe": PROBE, "load_record": str(record)}
     config |= {"limits": {"back_off_s": 0.05}, "monitor_interval_s": 0.5}
     (tmp_path / "config.json").write_text(json.dumps(config))
     environment = {
         **os.environ,
         **ENV,
         "DSV4_ALLREDUCE_EAGER_DEADLINE_S": str(DEADLINE_S),
+        "DSV4_ALLREDUCE_START_DEADLINE_S": str(START_DEADLINE_S),
         "DSV4_LOAD_RECORD": str(record),
         "EMULATED_FAULT": "lose:60000",  # of the first requests' lines
         "EMULATION": str(build_emulation(tmp_path)),
@@ -72,14 +73,18 @@ def front(tmp_path):
             stdout=log,
             stderr=subprocess.STDOUT,
         )
-    running = Patient(process, port, tmp_path)
+    running = Patient(process, 0, tmp_path)
+    listens = tmp_path / "port"
     try:
-        wait_until(lambda: answers(running), "front listens")
+        wait_until(lambda: listens.exists() or process.poll() is not None, "front listens", START_S)
+        assert process.poll() is None, running.log()
+        running.port = int(listens.read_text())
+        wait_until(lambda: answers(running), "front answers")
         yield running
     finally:
         process.terminate()
         try:
-            process.wait(60)
+            process.wait(STOP_S)
         finally:
             process.kill()
 

@@ -82,6 +82,15 @@ class Yardstick:
         exact, throws = self._exact_and_throws(tuple(tokens), len(logprobs))
         return rms(logprobs.double() - exact), throws
 
+    def least_gap(self, context: list[int], token: int, other: int, throws: int) -> float:
+        """Of log p of two next tokens, the least that so many throws have: nats."""
+        gaps = []
+        for seed in range(throws):
+            with moved_embedding(self.model, seed):
+                log_p = self._log_p(tuple(context), torch.bfloat16)[-1]
+            gaps.append((log_p[token] - log_p[other]).item())
+        return min(gaps)
+
     def assert_close(self, requests: list[dict[str, Any]], run: EngineRun) -> None:
         """Fail where a quantile of the engine's errors is over ALLOWED times the throws'."""
         engine, plain = [], []

@@ -9,7 +9,7 @@ pytest.importorskip("vllm")
 
 pytestmark = pytest.mark.engine
 
-VOCABULARY, REQUESTS = 4, 512
+VOCABULARY, REQUESTS = 4, 2048
 # Of the row of a draft; the last token of the row before it is certain.
 P = torch.tensor([0.5, 0.3, 0.2, 0.0])
 
@@ -55,7 +55,7 @@ def test_a_placeholder_is_never_taken_and_its_place_is_sampled_from_the_whole_ro
     assert taken[:, 2].eq(-1).all()  # no bonus after a refused draft
     share = torch.bincount(taken[:, 1].long().clamp(min=0), minlength=VOCABULARY) / REQUESTS
     assert taken[:, 1].ge(0).all()
-    assert (share - P).abs().max() < 0.1  # four standard deviations
+    assert (share - P).abs().max() < 0.1  # nine standard deviations: other CPUs draw other numbers
 
 
 def test_other_drafts_are_taken_as_often_as_they_are_likely(metadata):

@@ -38,7 +38,8 @@ class FakeServer:
         self.bodies: list[dict] = []
         self.fail_at: int | None = None
         self.lock = threading.Lock()
-        self.gone = threading.Event()
+        self.stop = threading.Event()
+        self.watching = threading.Thread(target=self.watch)
 
     def answer(self, body: dict) -> tuple[int, dict]:
         with self.lock:
@@ -47,6 +48,15 @@ class FakeServer:
             self.bodies.append(body)
         self.recorder.append(*calibration_rows(ROWS, seed=len(self.bodies)))
         return 200, {"choices": [{"message": {"content": "x"}}]}
+
+    def watch(self) -> None:
+        while not self.stop.wait(0.005):
+            self.recorder.obey()
+
+    def end(self) -> None:
+        """No order is obeyed from here on."""
+        self.stop.set()
+        self.watching.join()
 
     def asked(self) -> list[str]:
         return sorted(body["messages"][0]["content"] for body in self.bodies)
@@ -77,24 +87,17 @@ def serve():
                 pass
 
         http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        stop = threading.Event()
-
-        def obey() -> None:
-            while not stop.wait(0.005) and not server.gone.is_set():
-                server.recorder.obey()
-
-        threads = [threading.Thread(target=http.serve_forever), threading.Thread(target=obey)]
-        for thread in threads:
+        answering = threading.Thread(target=http.serve_forever)
+        for thread in (answering, server.watching):
             thread.start()
-        running.append((http, stop, threads))
+        running.append((http, answering, server))
         return f"http://127.0.0.1:{http.server_address[1]}"
 
     yield start
-    for http, stop, threads in running:
-        stop.set()
+    for http, answering, server in running:
+        server.end()
         http.shutdown()
-        for thread in threads:
-            thread.join()
+        answering.join()
         http.server_close()
 
 
@@ -173,7 +176,7 @@ def test_another_models_rows_are_refused(serve, folder, prompts, capsys):
     server = FakeServer(folder)
     server.fail_at = 20
     assert main(options(serve(server), folder, prompts)) == 2
-    server.gone.set()
+    server.end()
     other = FakeServer(folder, {**META, "model_sha256": "1" * 64})
     assert main(options(serve(other), folder, prompts)) == 2
     assert "model_sha256" in capsys.readouterr().err
@@ -301,6 +304,8 @@ class TestRecorder:
 class TestPlugin:
     def test_no_variable_no_capture(self, monkeypatch):
         monkeypatch.delenv("DSV4_CAPTURE_DIR", raising=False)
+        assert plugin.capture_folder() is None
+        monkeypatch.setenv("DSV4_CAPTURE_DIR", "")  # as a shell or a compose file leaves it
         assert plugin.capture_folder() is None
 
     def test_a_folder_that_does_not_exist_stops_the_server(self, monkeypatch, tmp_path):

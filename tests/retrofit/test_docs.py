@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -24,13 +25,17 @@ def commands(page: str) -> list[str]:
 
 
 @pytest.fixture
-def server(monkeypatch) -> dict[str, str]:
+def server(monkeypatch, tmp_path) -> dict[str, str]:
     """The environment that `serve run` would start vLLM with; `capture` writes rows to its folder.
 
     The checkpoint is checked as ever, so a folder that cannot be served with MTP is refused.
     """
     environment: dict[str, str] = {}
     monkeypatch.setattr(serve, "check_engine", lambda: None)
+    monkeypatch.setattr(serve, "check_port", lambda host, port: None)  # 8000 may be in use
+    # It would wait in the background for the engine that `execve` starts.
+    monkeypatch.setattr(serve, "start_summary", lambda *_: None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(os, "execve", lambda path, command, env: environment.update(env))
 
     def run(config: capture.CaptureConfig) -> int:

@@ -220,17 +220,17 @@ def test_below_min_rows_there_is_no_gptq(rows):
 
 
 @pytest.mark.parametrize(
-    ("more", "make_rows"),
+    ("more", "make_rows", "name"),
     [
-        ({"ladder": (0.1, 1.0)}, lambda: make_layer(100)[1]),  # 100 rows in 256 directions
-        ({"blends": (0.1, 0.5)}, lambda: low_rank_rows(100, 0)),  # what other tokens have too
+        ({"ladder": (0.1, 1.0)}, lambda: make_layer(100)[1], "w1"),  # 100 rows in 256 directions
+        ({"blends": (0.1, 0.5)}, lambda: low_rank_rows(100, 0), "w2"),  # what other tokens have too
     ],
 )
-def test_few_rows_gain_from_more_damping_and_from_the_blend(more, make_rows):
+def test_few_rows_gain_from_more_damping_and_from_the_blend(more, make_rows, name):
     few = replace(make_expert(100), rows=make_rows())
     alone = replace(SETTINGS, ladder=(), blends=())
-    choice = solve(few, replace(alone, **more))["w1"].choice
-    assert choice.error < solve(few, alone)["w1"].choice.error
+    choice = solve(few, replace(alone, **more))[name].choice
+    assert choice.error < 0.9 * solve(few, alone)[name].choice.error
     assert choice.blend is not None or choice.percdamp > SETTINGS.percdamp
 
 

@@ -163,6 +163,22 @@ def test_a_run_that_ends_while_the_next_one_looks_is_not_begun_again(
     assert list(tmp_path.iterdir()) == [dst]
 
 
+def test_a_run_that_is_refused_while_the_next_one_looks_is_told(
+    original, tmp_path, monkeypatch, capsys
+):
+    """The first removes the folder before the second locks it."""
+    dst = tmp_path / "dst"
+
+    def lock(folder: Path, *arguments: str) -> FolderLock:
+        folder.rmdir()
+        return FolderLock(folder, *arguments)
+
+    monkeypatch.setattr(writing, "FolderLock", lock)
+    assert main(base_command(original, dst)) == 2
+    assert "another run ended in it just now; start the command again" in error_line(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_lock_on_what_was_renamed_is_none_of_the_folder(tmp_path):
     (tmp_path / "a").mkdir()
     lock = FolderLock(tmp_path / "a", "us")

@@ -44,8 +44,9 @@ def test_rate_and_length_are_vllms():
 
 def test_greedy_does_not_depend_on_the_batch(model):
     prompts = [[0, 5, 6, 7], [0, 100, 101, 102, 103, 104, 105]]
-    together = greedy(model, prompts, 4, torch.float32)
-    alone = [greedy(model, [p], 4, torch.float32)[0] for p in prompts]
+    # In float32 a near-tie, of two tokens or of two experts, may fall otherwise in another shape.
+    together = greedy(model, prompts, 4, torch.float64)
+    alone = [greedy(model, [p], 4, torch.float64)[0] for p in prompts]
     assert together == alone
     assert [len(t) for t in together] == [4, 4]
 

@@ -32,7 +32,7 @@ def test_gradients_pass_straight_through():
 
 
 def test_the_kv_cache_keeps_rope_in_bfloat16_and_the_rest_in_fp8_groups_of_64():
-    kv = torch.randn(2, 5, 512)
+    kv = torch.randn(2, 5, 512, generator=torch.Generator().manual_seed(0))
     cached = quant.fake_kv_cache(kv, 64)
     assert torch.equal(cached[..., 448:], kv[..., 448:].bfloat16().float())
     nope = cached[..., :448].unflatten(-1, (7, 64))
@@ -41,7 +41,9 @@ def test_the_kv_cache_keeps_rope_in_bfloat16_and_the_rest_in_fp8_groups_of_64():
     )
     codes = nope / scale
     assert torch.equal(codes, codes.to(torch.float8_e4m3fn).float())
-    assert (cached - kv).abs().max() < 0.15
+    # Half an e4m3 step is 2**-4 of a value, or 2**-10 of the scale near 0; BF16's is 2**-9 of it.
+    allowed = 0.07 * kv[..., :448].abs() + (2.0**-10 * scale).expand_as(nope).flatten(-2)
+    assert ((cached - kv)[..., :448].abs() <= allowed).all()
 
 
 def test_small_groups_use_the_floor_of_the_scale():
