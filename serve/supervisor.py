@@ -105,6 +105,14 @@ def signal_group(group: int, number: signal.Signals) -> bool:
     return True
 
 
+def signal_name(number: int) -> str:
+    """Such as SIGKILL; real-time signals have none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 class Supervisor:
     """Runs the engine's command until it is told to stop.
 
@@ -304,7 +312,7 @@ class Supervisor:
                 number = process.returncode
                 reason = f"the engine ended with exit status {number}"
                 if number < 0:
-                    reason = f"the engine was ended by {signal.Signals(-number).name}"
+                    reason = f"the engine was ended by {signal_name(-number)}"
             elif stopping.done():
                 reason = "stopped"
                 await self._end_gently(process, ended)

@@ -9,6 +9,8 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from serve import supervisor as supervisor_module
 from serve.stages import Stage
 from serve.supervisor import Supervisor
@@ -151,7 +153,10 @@ def test_sigterm_while_loading_ends_at_once(tmp_path):
         assert front.terminate() == 0  # long before it has loaded
 
 
-def test_a_killed_engine_is_restarted_and_serves_again(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGKILL, "SIGKILL"), (signal.SIGRTMIN + 3, "signal 37")]
+)
+def test_a_killed_engine_is_restarted_and_serves_again(tmp_path, number, name):
     with running_front(tmp_path, [{"forks": True}, {}]) as front:
         front.wait_until_ready()
         [first] = front.lives
@@ -161,11 +166,11 @@ def test_a_killed_engine_is_restarted_and_serves_again(tmp_path):
             if path.name.isdecimal() and pgrp(int(path.name)) == first
         ]
         assert len(group) == 2
-        os.kill(first, signal.SIGKILL)
+        os.kill(first, number)
         wait_until(lambda: len(front.lives) == 2, "the second life")
         front.wait_until_ready()
         assert front.post(events=1)[0] == 200
-        assert front.readiness()["reason"] == "the engine was ended by SIGKILL"
+        assert front.readiness()["reason"] == f"the engine was ended by {name}"
         assert not any(map(is_running, group))  # what a dead engine left holds GPU memory
 
 
