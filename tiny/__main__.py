@@ -1,4 +1,7 @@
-"""`python -m tiny corpus | tokenizer | prompts | train | export | eval | info`."""
+"""`python -m tiny corpus | tokenizer | prompts | train | export | eval | info`.
+
+Exit status: 0 done; 1 a refusal, of a checkpoint or a folder; 2 bad options, or the system refused.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,16 @@ HERE = Path(__file__).parent
 CHECKPOINT = HERE / "checkpoint"
 
 
+REFUSED, SYSTEM_ERROR = 1, 2
+
+
+def count(text: str) -> int:
+    """Parse a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; must be a whole number of at least 1")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m tiny", description=__doc__)
@@ -25,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
 
     prompts = commands.add_parser("prompts", help="draw more held-out prompts, apart from those")
     prompts.add_argument("--out", type=Path, required=True)
-    prompts.add_argument("--count", type=int, default=192)
+    prompts.add_argument("--count", type=count, default=192)
     prompts.add_argument("--seed", type=int, default=1)
 
     train = commands.add_parser("train", help="train, export and evaluate")
@@ -34,17 +47,21 @@ def parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="rewrite a checkpoint, in either layout")
     export.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     export.add_argument("--out", type=Path, required=True)
-    export.add_argument("--experts", choices=["fp4", "w4a16"], default="fp4")
-    export.add_argument("--shuffle-mtp-experts", action="store_true", help="negative control")
-    export.add_argument("--seed", type=int, default=0)
-    export.add_argument("--repeat-index-heads", type=int, metavar="N", help="wider, the same model")
+    modes = export.add_mutually_exclusive_group()
+    # No default: argparse would not see that it was given.
+    modes.add_argument("--experts", choices=["fp4", "w4a16"], help="layout; fp4 by default")
+    modes.add_argument("--shuffle-mtp-experts", action="store_true", help="negative control")
+    modes.add_argument(
+        "--repeat-index-heads", type=count, metavar="N", help="wider, the same model"
+    )
+    export.add_argument("--seed", type=int, help="of --shuffle-mtp-experts; 0 by default")
 
     evaluate = commands.add_parser("eval", help="acceptance of the MTP head on held-out prompts")
     evaluate.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     evaluate.add_argument("--prompts", type=Path, default=HERE / "heldout.jsonl")
-    evaluate.add_argument("--num-prompts", type=int, default=64)
-    evaluate.add_argument("--num-speculative-tokens", type=int, default=1)
-    evaluate.add_argument("--max-tokens", type=int, default=64)
+    evaluate.add_argument("--num-prompts", type=count, default=64)
+    evaluate.add_argument("--num-speculative-tokens", type=count, default=1)
+    evaluate.add_argument("--max-tokens", type=count, default=64)
     evaluate.add_argument("--device", default="cpu")
 
     info = commands.add_parser("info", help="size and digest of a checkpoint")
@@ -66,14 +83,31 @@ def _add_train_options(train: argparse.ArgumentParser) -> None:
             train.add_argument(flag, type=type(default), default=default, metavar=str(default))
 
 
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line; bad options end with exit status 2."""
+    top = parser()
+    options = top.parse_args(arguments)
+    if options.command == "export" and not options.shuffle_mtp_experts and options.seed is not None:
+        top.error("export: --seed is for --shuffle-mtp-experts only")
+    return options
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; a refusal is one line on standard error and exit status 1."""
-    options = parser().parse_args(arguments)
+    """Run one command; an error is one line on standard error."""
+    options = parse(arguments)
     try:
         return COMMANDS[options.command](options)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return REFUSED
+    except OSError as error:
+        if error.errno is None:  # raised by us or a library, with a message of its own
+            print(f"error: {error}", file=sys.stderr)
+            return REFUSED
+        # Errors of writing do not say where.
+        place = error.filename or getattr(options, "out", None) or options.command
+        print(f"error: {place}: {error.strerror}", file=sys.stderr)
+        return SYSTEM_ERROR
 
 
 def run_corpus(options: argparse.Namespace) -> int:
@@ -127,8 +161,8 @@ def run_export(options: argparse.Namespace) -> int:
     from tiny import export, load
 
     if options.shuffle_mtp_experts:
-        export.shuffle_mtp_experts(options.checkpoint, options.out, options.seed)
-    elif options.repeat_index_heads:
+        export.shuffle_mtp_experts(options.checkpoint, options.out, options.seed or 0)
+    elif options.repeat_index_heads is not None:
         export.repeat_index_heads(options.checkpoint, options.out, options.repeat_index_heads)
     else:
         layout = export.Layout.W4A16 if options.experts == "w4a16" else export.Layout.ORIGINAL
@@ -147,6 +181,11 @@ def run_eval(options: argparse.Namespace) -> int:
     figures = generate.acceptance(
         model, prompts, options.num_speculative_tokens, options.max_tokens
     )
+    if figures.num_drafts == 0:
+        raise ValueError(
+            f"eval: nothing was drafted for {len(prompts)} prompts of {options.prompts} with "
+            f"max_tokens = {options.max_tokens}; at least 1 and 2 are needed"
+        )
     print(json.dumps(figures.to_dict(), indent=1))
     return 0
 

@@ -5,7 +5,7 @@ W4A16 (`Layout.W4A16`): routed experts INT4 in groups of 128, attention FP8 with
 everything else bfloat16 or float32, as the community's W4A16-FP8 checkpoints with an MTP layer
 in the matching form.
 
-A checkpoint is written into a temporary folder beside its place and then renamed.
+A checkpoint is written into a fresh folder beside its place and then renamed (`tiny.folder`).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from enum import StrEnum
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 from kernels.formats import quantize_fp4, quantize_fp8_block, quantize_int4
 from kernels.weights import EXPERT_DTYPE, QUANTIZATION_CONFIG
 from tiny.config import TinyConfig
+from tiny.folder import CONFIG, INDEX, NUM_SHARDS, SHARDS, replacing
 from tiny.layers import Storage
 from tiny.model import DeepseekV4
 from tiny.names import slots
 from tiny.quant import fake_fp4, fake_fp8_block
 from tiny.tokenizer import FILES as TOKENIZER_FILES
 
-NUM_SHARDS = 2
-INDEX = "model.safetensors.index.json"
 PROJECTIONS = ("w1", "w2", "w3")
 
 
@@ -101,23 +101,28 @@ def export(
 
     Args:
         model: any device and floating dtype.
-        folder: replaced when it exists.
+        folder: replaced when it exists and holds nothing else.
         layout: see the module.
         tokenizer: folder to copy tokenizer files from, if any.
+    Raises:
+        ValueError: `folder` cannot be replaced.
+        FileNotFoundError: a tokenizer file is missing.
     """
     settings = model.config.to_dict()
     original = layout == Layout.ORIGINAL
     settings["quantization_config"] = ORIGINAL_QUANTIZATION if original else QUANTIZATION_CONFIG
     if not original:
         settings["expert_dtype"] = EXPERT_DTYPE
-    temporary = folder.with_name(folder.name + ".tmp")
-    remove_folder(temporary)
-    temporary.mkdir(parents=True)
-    write_shards(tensors_of(model, layout), temporary)
-    (temporary / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    if tokenizer is not None:
-        copy_tokenizer(tokenizer, temporary)
-    replace_folder(temporary, folder)
+    with replacing(folder) as new:
+        write_shards(tensors_of(model, layout), new)
+        write_config(settings, new)
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, new)
+
+
+def write_config(settings: dict[str, object], folder: Path) -> None:
+    """Write `config.json`."""
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def write_shards(tensors: dict[str, torch.Tensor], folder: Path) -> None:
@@ -129,18 +134,13 @@ def write_shards(tensors: dict[str, torch.Tensor], folder: Path) -> None:
     for name, tensor in tensors.items():
         number = min(done * NUM_SHARDS // total, NUM_SHARDS - 1)
         shards[number][name] = tensor
-        weight_map[name] = f"model-{number + 1:05d}-of-{NUM_SHARDS:05d}.safetensors"
+        weight_map[name] = SHARDS[number]
         done += sizes[name]
-    for number, shard in enumerate(shards):
-        path = folder / f"model-{number + 1:05d}-of-{NUM_SHARDS:05d}.safetensors"
-        _save(shard, path)
+    for file_name, shard in zip(SHARDS, shards, strict=True):
+        # Not `save_file`: it hides what the system says, and only the owner can read its file.
+        (folder / file_name).write_bytes(save(shard, metadata={"format": "pt"}))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors writes 0600, which a container's other user cannot read
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -155,23 +155,6 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         shutil.copyfile(source / name, folder / name)
 
 
-def replace_folder(temporary: Path, folder: Path) -> None:
-    """Put `temporary` in the place of `folder`; files that only the old one has are dropped."""
-    if folder.exists():
-        old = folder.with_name(folder.name + ".old")
-        folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old)
-    else:
-        temporary.rename(folder)
-
-
-def remove_folder(folder: Path) -> None:
-    """Delete a folder and what is in it, if it exists."""
-    if folder.exists():
-        shutil.rmtree(folder)
-
-
 def read_index(folder: Path) -> dict[str, str]:
     """Tensor name -> shard file name.
 
@@ -184,10 +167,45 @@ def read_index(folder: Path) -> dict[str, str]:
     return json.loads(path.read_text())["weight_map"]
 
 
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of all shards that the index names.
+
+    Raises:
+        FileNotFoundError: folder, index or a shard is missing.
+        ValueError: a shard is damaged, or does not hold what the index says.
+    """
+    index = read_index(folder)
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in sorted(set(index.values())):
+        path = folder / shard
+        if not path.is_file():
+            raise FileNotFoundError(f"checkpoint: shard {path} does not exist; the index names it")
+        try:
+            tensors.update(load_file(path))
+        except SafetensorError as error:
+            raise ValueError(f"checkpoint: shard {path} is damaged: {error}") from error
+    compare("index and shards", set(index), set(tensors))
+    return tensors
+
+
+def compare(what: str, expected: set[str], found: set[str]) -> None:
+    """Refuse names that are missing or left over.
+
+    Raises:
+        ValueError: the sets differ.
+    """
+    missing, extra = sorted(expected - found), sorted(found - expected)
+    if missing or extra:
+        raise ValueError(
+            f"checkpoint: {what} differ: {len(missing)} missing {missing[:3]}, "
+            f"{len(extra)} unexpected {extra[:3]}"
+        )
+
+
 def checkpoint_sha256(folder: Path) -> str:
     """One digest over the bytes of config.json and all shards, in name order."""
     digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+    for path in sorted([folder / CONFIG, *folder.glob("*.safetensors")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
@@ -200,26 +218,21 @@ def shuffle_mtp_experts(src: Path, dst: Path, seed: int = 0) -> None:
     the MTP layer becomes noise. Works on both layouts; `dst` is replaced when it exists.
 
     Raises:
-        ValueError: the checkpoint has no MTP experts.
+        ValueError: the checkpoint has no MTP experts, or is damaged; `dst` cannot be replaced.
+        FileNotFoundError: a file of the checkpoint is missing.
     """
-    names = [n for n in read_index(src) if re.match(r"mtp\.0\.ffn\.experts\.\d+\.", n)]
+    index = read_index(src)
+    names = [n for n in index if re.match(r"mtp\.0\.ffn\.experts\.\d+\.", n)]
     if not names:
         raise ValueError(f"shuffle_mtp_experts: {src} has no tensor mtp.0.ffn.experts.*")
     experts = 1 + max(int(n.split(".")[4]) for n in names)
     generator = torch.Generator().manual_seed(seed)
     order = {p: _derangement(experts, generator) for p in PROJECTIONS}
-    temporary = dst.with_name(dst.name + ".tmp")
-    remove_folder(temporary)
-    shutil.copytree(src, temporary)
-    everything: dict[str, torch.Tensor] = {}
-    shards = sorted(set(read_index(src).values()))
-    for shard in shards:
-        everything.update(load_file(src / shard))
-    for shard in shards:
-        here = [n for n, s in read_index(src).items() if s == shard]
-        tensors = {n: everything[_shuffled_name(n, order)] for n in here}
-        _save(tensors, temporary / shard)
-    replace_folder(temporary, dst)
+    with replacing(dst) as new:
+        tensors = read_tensors(src)
+        write_shards({n: tensors[_shuffled_name(n, order)] for n in index}, new)
+        write_config(json.loads((src / CONFIG).read_text()), new)
+        _copy_tokenizer_if_any(src, new)
 
 
 def repeat_index_heads(src: Path, dst: Path, times: int) -> None:
@@ -227,25 +240,29 @@ def repeat_index_heads(src: Path, dst: Path, times: int) -> None:
 
     Scores of all keys grow by the same factor, so the same ones are selected. vLLM's fused kernel
     on NVIDIA wants a multiple of 8 heads. Works on both layouts; `dst` is replaced when it exists.
+
+    Raises:
+        ValueError: times < 1; the checkpoint is damaged; `dst` cannot be replaced.
+        FileNotFoundError: a file of the checkpoint is missing.
     """
-    temporary = dst.with_name(dst.name + ".tmp")
-    remove_folder(temporary)
-    shutil.copytree(src, temporary)
-    total = 0
-    for shard in sorted(set(read_index(src).values())):
-        tensors = load_file(src / shard)
+    if times < 1:
+        raise ValueError(f"repeat_index_heads: times = {times}; it must be at least 1")
+    with replacing(dst) as new:
+        tensors = read_tensors(src)
         for name, tensor in tensors.items():
             if re.search(r"\.indexer\.(wq_b|weights_proj)\.", name):  # a head is an FP8 block
                 tensors[name] = torch.cat([tensor] * times)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-        _save(tensors, temporary / shard)
-    index = json.loads((src / INDEX).read_text())
-    index["metadata"]["total_size"] = total
-    (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    settings = json.loads((src / "config.json").read_text())
-    settings["index_n_heads"] *= times
-    (temporary / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    replace_folder(temporary, dst)
+        write_shards({n: tensors[n] for n in read_index(src)}, new)
+        settings = json.loads((src / CONFIG).read_text())
+        settings["index_n_heads"] *= times
+        write_config(settings, new)
+        _copy_tokenizer_if_any(src, new)
+
+
+def _copy_tokenizer_if_any(src: Path, folder: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (src / name).is_file():
+            shutil.copyfile(src / name, folder / name)
 
 
 def _shuffled_name(name: str, order: dict[str, list[int]]) -> str:

@@ -5,35 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from kernels.formats import dequantize_fp4, dequantize_fp8_block, dequantize_int4
 from tiny.config import TinyConfig
-from tiny.export import read_index
+from tiny.export import compare, read_tensors
 from tiny.model import DeepseekV4
 from tiny.names import slots
-
-
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of all shards that the index names.
-
-    Raises:
-        FileNotFoundError: folder, index or a shard is missing.
-        ValueError: a shard is damaged, or does not hold what the index says.
-    """
-    index = read_index(folder)
-    tensors: dict[str, torch.Tensor] = {}
-    for shard in sorted(set(index.values())):
-        path = folder / shard
-        if not path.is_file():
-            raise FileNotFoundError(f"checkpoint: shard {path} does not exist; the index names it")
-        try:
-            tensors.update(load_file(path))
-        except SafetensorError as error:
-            raise ValueError(f"checkpoint: shard {path} is damaged: {error}") from error
-    _compare("index and shards", set(index), set(tensors))
-    return tensors
 
 
 def dequantized(tensors: dict[str, torch.Tensor], name: str) -> tuple[torch.Tensor, set[str]]:
@@ -48,7 +25,7 @@ def dequantized(tensors: dict[str, torch.Tensor], name: str) -> tuple[torch.Tens
     packed = f"{stem}.weight_packed"
     if packed in tensors:
         used = {packed, f"{stem}.weight_scale", f"{stem}.weight_shape"}
-        _compare(f"weight {name}", used, used & tensors.keys())
+        compare(f"weight {name}", used, used & tensors.keys())
         parts = (tensors[f"{stem}.weight_{part}"] for part in ("packed", "scale", "shape"))
         return dequantize_int4(*parts), used
     if name not in tensors:
@@ -92,15 +69,6 @@ def load(folder: Path, device: str = "cpu", fp8_cache: bool = True) -> DeepseekV
             )
         slot.tensor.copy_(weight)
         used |= parts
-    _compare("model and checkpoint", used, set(tensors))
+    compare("model and checkpoint", used, set(tensors))
     model.set_quantization(weights=False, caches=fp8_cache)
     return model.to(device).eval().requires_grad_(False)
-
-
-def _compare(what: str, expected: set[str], found: set[str]) -> None:
-    missing, extra = sorted(expected - found), sorted(found - expected)
-    if missing or extra:
-        raise ValueError(
-            f"checkpoint: {what} differ: {len(missing)} missing {missing[:3]}, "
-            f"{len(extra)} unexpected {extra[:3]}"
-        )

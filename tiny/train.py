@@ -16,6 +16,7 @@ import math
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -30,6 +31,7 @@ import tiny.moe
 from tiny import corpus, data, export, load, tokenizer
 from tiny.attention import AttentionTrace, DraftHistory
 from tiny.config import TinyConfig
+from tiny.folder import check_replaceable
 from tiny.generate import acceptance, greedy
 from tiny.model import DeepseekV4
 from tiny.plot import loss_curve
@@ -105,6 +107,7 @@ class TrainConfig:
 def run(config: TrainConfig) -> dict[str, object]:
     """load -> train (three phases) -> export -> record -> evaluate -> record."""
     started = time.time()
+    check_replaceable(config.out)  # not only after minutes of training
     shape = TinyConfig()
     words = tokenizer.load(config.tokenizer)
     texts = data.build(corpus.load(config.cache), words, shape.bos_token_id, config.device)
@@ -368,13 +371,12 @@ def evaluate(folder: Path, prompts: Path, device: str, max_tokens: int) -> dict[
             acceptance(model, ids, k, max_tokens, DTYPE, made).to_dict() for k in (1, 2, 3)
         ],
     }
-    shuffled = folder.with_name(folder.name + ".shuffled")
-    export.shuffle_mtp_experts(folder, shuffled, seed=0)
-    control = load.load(shuffled, device)
+    with tempfile.TemporaryDirectory() as scratch:
+        export.shuffle_mtp_experts(folder, Path(scratch) / "shuffled", seed=0)
+        control = load.load(Path(scratch) / "shuffled", device)
     figures["acceptance_shuffled_experts"] = acceptance(
         control, ids, 1, max_tokens, DTYPE, made
     ).to_dict()
-    export.remove_folder(shuffled)
     chat = [tokenizer.chat_prompt(u) for u in (*data.OPENERS[:4], "Continue: She was very happy")]
     chat_ids = [words.encode(c, add_special_tokens=False).ids for c in chat]
     answers = greedy(model, chat_ids, max_tokens, DTYPE)
