@@ -2,8 +2,9 @@
 
 The checkpoint names that a model needs are derived from its own parameters, one for each
 (layer, expert, projection, leaf) and for each shard of a fused parameter. A tensor is looked up by
-its whole name; nothing is matched by substring. What is missing, unexpected, given twice or of a
-type that a copy would convert to other numbers is counted, and ends the load.
+its whole name; nothing is matched by substring. What is missing, unexpected, given twice, of a
+type that a copy would convert to other numbers, or names an expert that does not exist is counted,
+and ends the load.
 
 Names are those of the original checkpoint, with or without a leading `model.`. A scale may be
 called `scale`, `weight_scale` or `weight_scale_inv`, whichever of them the parameter is called.
@@ -11,6 +12,7 @@ called `scale`, `weight_scale` or `weight_scale_inv`, whichever of them the para
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -24,7 +26,14 @@ from kernels.formats import dequantize_fp8_block
 from kernels.full_sizes import FullSizes
 
 NAMES_SHOWN = 20
-PROBLEMS = ("missing", "unexpected", "given twice", "of a wrong type", "of a wrong size")
+PROBLEMS = (
+    "missing",
+    "unexpected",
+    "given twice",
+    "of a wrong type",
+    "of a wrong size",
+    "with wrong values",
+)
 SCALES = ("scale", "weight_scale", "weight_scale_inv")
 SCALE = "weight_scale"  # what a scale is called in expected names and messages
 
@@ -66,6 +75,10 @@ class Unit(NamedTuple):
     parameter: str
     shard: str | int | None = None
     expert: int | None = None
+
+
+class WrongValues(ValueError):
+    """A tensor of the right type and size holds values that it must not."""
 
 
 @dataclass
@@ -170,6 +183,34 @@ def as_stored(name: str, tensor: torch.Tensor, parameter: torch.Tensor) -> torch
     raise TypeError(f"{name} ({str(given)[6:]} into {str(wanted)[6:]})")  # without "torch."
 
 
+def is_deferred(parameter: nn.Parameter) -> bool:
+    """Whether vLLM's layerwise reload keeps what its loader is given until there is memory."""
+    loader = getattr(parameter, "weight_loader", None)
+    return getattr(loader, "__name__", None) == "online_process_loader"
+
+
+def pad_heads(heads: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+    """A rank's attention sinks, (heads,), as long as its parameter: a padded head has no sink.
+
+    Raises:
+        RuntimeError: there are more heads than the parameter holds.
+    """
+    padded = heads.new_full(parameter.shape, -math.inf, dtype=parameter.dtype)
+    padded[: len(heads)] = heads
+    return padded
+
+
+def check_expert_ids(name: str, ids: torch.Tensor, num_experts: int) -> None:
+    """Refuse ids that name no routed expert of the model, over all ranks.
+
+    Raises:
+        WrongValues: with the range of the ids and the one that is allowed.
+    """
+    low, high = (bound.item() for bound in ids.aminmax())
+    if low < 0 or high >= num_experts:
+        raise WrongValues(f"{name} (ids {low} to {high}, must be 0 to {num_experts - 1})")
+
+
 class StrictLoader:
     """Fills the parameters of one model and counts what was filled.
 
@@ -182,6 +223,7 @@ class StrictLoader:
         sizes: of the tensors before they are cut; None leaves them to vLLM's own loaders.
     Raises:
         ValueError: the config gives no size for a parameter.
+        RuntimeError: a parameter has no memory, and no loader that waits until it has.
     """
 
     def __init__(
@@ -196,7 +238,13 @@ class StrictLoader:
     ) -> None:
         self.part = part
         self.tp_rank, self.tp_size = tp_rank, tp_size
+        self.num_experts = num_experts
         self.parameters = dict(model.named_parameters())
+        if lost := [n for n, p in self.parameters.items() if p.is_meta and not is_deferred(p)]:
+            raise RuntimeError(
+                f"load of the {part}: {len(lost)} parameters are on meta and have no loader of "
+                f"vLLM's layerwise reload; a copy would be lost: {', '.join(lost[:NAMES_SHOWN])}"
+            )
         self.expected: dict[str, Unit] = {}
         for parameter in self.parameters:
             names = (
@@ -221,8 +269,8 @@ class StrictLoader:
         """Load every tensor of this part; names of the other part are skipped.
 
         Raises:
-            ValueError: something is missing, unexpected, given twice, of a wrong type or of a
-                wrong size; the first 20 names of each kind are listed.
+            ValueError: something is missing, unexpected, given twice, of a wrong type, of a wrong
+                size or has wrong values; the first 20 names of each kind are listed.
         """
         filled: set[str] = set()
         problems: dict[str, list[str]] = {kind: [] for kind in PROBLEMS}
@@ -244,6 +292,8 @@ class StrictLoader:
                     self._fill(name, tensor)
                 except TypeError as error:
                     problems["of a wrong type"].append(str(error))
+                except WrongValues as error:
+                    problems["with wrong values"].append(str(error))
                 except ValueError as error:
                     problems["of a wrong size"].append(str(error))
         for module, halves in self.pending.items():
@@ -300,17 +350,23 @@ class StrictLoader:
         return weight, dense
 
     def _fill(self, name: str, tensor: torch.Tensor) -> None:
-        """Copy this rank's part. TypeError: see `as_stored`; ValueError: the sizes differ."""
+        """Copy this rank's part.
+
+        Raises:
+            TypeError: see `as_stored`.
+            WrongValues: see `check_expert_ids`.
+            ValueError: the sizes differ.
+        """
         parameter_name, shard, expert = self.expected[name]
         parameter = self.parameters[parameter_name]
         tensor = as_stored(name, tensor, parameter)
         if self.sizes:
             self.sizes.check(name, tensor, self._weight_dtype(name, parameter))
+        if name.endswith(".tid2eid"):
+            check_expert_ids(name, tensor, self.num_experts)
         try:
             if parameter_name.endswith(".attn_sink"):
-                heads = tensor.chunk(self.tp_size)[self.tp_rank]
-                parameter.data[: len(heads)].copy_(heads)  # the rest is padding
-                return
+                tensor = pad_heads(tensor.chunk(self.tp_size)[self.tp_rank], parameter)
             loader = getattr(parameter, "weight_loader", _default_loader())
             if expert is not None:
                 loader(parameter, tensor, parameter_name, shard_id=shard, expert_id=expert)

@@ -27,7 +27,7 @@ from vllm.sequence import IntermediateTensors
 
 from kernels.loading import Part, is_mtp_name
 from kernels.loading_vllm import load_strictly
-from kernels.quant_targets import align_mtp_targets
+from kernels.quant_targets import use_vllm_names
 
 
 class MultiTokenPredictorLayer(nn.Module):
@@ -124,9 +124,7 @@ class DeepSeekV4MTP(nn.Module):
         super().__init__()
         self.config = vllm_config.model_config.hf_config
         self.quant_config = vllm_config.quant_config
-        align_mtp_targets(
-            self.quant_config, self.config.num_hidden_layers, self.config.num_nextn_predict_layers
-        )
+        use_vllm_names(self.quant_config, self.config.to_dict())
         self.model = MultiTokenPredictor(
             vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model")
         )

@@ -20,7 +20,7 @@ from kernels.loading import Part, is_mtp_name
 from kernels.loading_vllm import load_strictly
 from kernels.nvidia.experts import offer_experts
 from kernels.nvidia.guards import check_fp8_kernels
-from kernels.quant_targets import align_mtp_targets
+from kernels.quant_targets import use_vllm_names
 
 # Here and not in the plugin's `register`, which every process calls: vLLM's experts are imported
 # with the models only, in the process that builds one.
@@ -56,10 +56,7 @@ class DeepSeekV4MTP(VllmDraft):
     packed_modules_mapping = VllmTarget.packed_modules_mapping
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        config = vllm_config.model_config.hf_config
-        align_mtp_targets(
-            vllm_config.quant_config, config.num_hidden_layers, config.num_nextn_predict_layers
-        )
+        use_vllm_names(vllm_config.quant_config, vllm_config.model_config.hf_config.to_dict())
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         check(self)
 

@@ -259,7 +259,7 @@ def test_each_rank_takes_its_heads_of_the_attention_sink(rank, heads):
     model = Model([name], **{name: torch.full((3,), -1.0)})  # two heads and one of padding
     loader = StrictLoader(model, Part.TARGET, num_experts=1, tp_rank=rank, tp_size=2)
     loader.load([("layers.0.attn.attn_sink", torch.arange(4.0))])
-    assert loader.parameters[name].tolist() == [*heads, -1.0]
+    assert loader.parameters[name].tolist() == [*heads, float("-inf")]
 
 
 CONFIG = flash_config()
