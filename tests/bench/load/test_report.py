@@ -245,7 +245,8 @@ class TestCompareSpeculative:
         first, second = text.splitlines()[4:6]
         assert first.startswith("| 524k (no MTP) | 4,096 / 279 / 1 |")
         assert second.startswith("| 524k MTP k=1 | 4,096 / 279 / 1 |")
-        gain = float(re.search(r"\+(\d+\.\d)% \[", second)[1])
+        # No interval behind it where this machine held a whole answer up: then it has no rate.
+        gain = float(re.search(r"\+(\d+\.\d)%", second)[1])
         slow, fast = (one["cells"][0]["decode_tok_s"]["value"] for one in (base, mtp))
         assert gain == pytest.approx(100 * (fast / slow - 1), abs=0.06)
         assert gain > 20  # two tokens each 4 ms, and what this machine adds to both
