@@ -32,7 +32,14 @@ from serve.errors import ConfigError, ServeError
 from serve.keys import Access, Key, Keys, read_keys
 from serve.plan import check_split, run_plan
 from serve.profiles import Device, load_profile, profile_names
-from serve.settings import GatewayMode, MoeBackend, Settings, Source, add_flags, resolve
+from serve.settings import (
+    GatewayMode,
+    MoeBackend,
+    Settings,
+    add_env_file,
+    add_flags,
+    resolve,
+)
 from serve.summary import summary
 from serve.supervisor import write_to_stdout
 from serve.table import run_profiles
@@ -42,8 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     """settings -> command -> check_* -> print -> serve, or become vLLM."""
     settings = resolve(vars(arguments), our_variables(), read_env_file(arguments.env_file))
     profile = settings.profile
-    from_profile = settings.sources["model"] is Source.PROFILE
-    model = REPOSITORY / profile.model if from_profile else Path(profile.model)
+    model = settings.model
     capture = arguments.capture
     if capture is not None and profile.num_speculative_tokens != 1:
         raise ConfigError(
@@ -318,9 +324,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     run_parser = commands.add_parser("run", help="check everything, then serve")
     add_flags(run_parser)
-    run_parser.add_argument(
-        "--env-file", type=Path, metavar="FILE", default=Path(".env"), help="settings; .env"
-    )
+    add_env_file(run_parser)
     run_parser.add_argument(
         "--capture", type=Path, metavar="DIR", help="let `retrofit capture` record calibration rows"
     )

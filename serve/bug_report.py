@@ -38,7 +38,7 @@ from serve.evidence import run_tool, shown_environment
 from serve.keys import MIN_KEY_CHARS
 from serve.profiles import profile_names
 from serve.redact import Redactor
-from serve.settings import Settings, Source, add_flags, all_settings, resolve
+from serve.settings import Settings, Source, add_env_file, add_flags, all_settings, resolve
 
 SCHEMA_VERSION = 1
 DOCTOR_S, ANSWER_S = 900, 10
@@ -282,7 +282,8 @@ def doctor(flags: dict[str, str], env_file: Path | None, quick: bool) -> Any:
     command += [f"--env-file={env_file or os.devnull}"]
     environment = child_environment()
     if env_file is None:
-        environment = {k: v for k, v in environment.items() if k not in our_variables()}
+        ours = our_variables()
+        environment = {k: v for k, v in environment.items() if k not in ours}
     command += ["--no-probe", "--no-verify"] if quick else []
     try:
         done = subprocess.run(
@@ -396,7 +397,7 @@ def add_report(commands: Any) -> None:
     """The command line of `serve report`: the flags of `run` say what it would run with."""
     parser = commands.add_parser("report", help="a redacted archive to attach to a bug report")
     add_flags(parser)
-    parser.add_argument("--env-file", type=Path, metavar="FILE", default=Path(".env"), help=".env")
+    add_env_file(parser)
     parser.add_argument("--load-record", type=Path, metavar="FILE", help="as `run` was told")
     parser.add_argument("--log", type=Path, metavar="FILE", help="the server's output; its end")
     parser.add_argument(

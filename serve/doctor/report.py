@@ -13,15 +13,13 @@ from typing import Any
 from serve.allreduce_tier import FILE_NAME, Known, keep, load
 from serve.doctor.checks import Area, Finding, Level, Target, check_machine, has_gpu
 from serve.doctor.machine import Machine, RecordedMachine
-from serve.engine import REPOSITORY
-from serve.environment import PREFIX, cache_path, our_variables, read_env_file
+from serve.environment import cache_path, our_variables, read_env_file
 from serve.errors import ConfigError
 from serve.profiles import Device
-from serve.settings import Source, all_settings, resolve
+from serve.settings import add_env_file, all_settings, resolve
 
 SCHEMA_VERSION = 1
 CPU_PROFILE, GPU_PROFILE = "cpu-tiny", "524k"
-PROFILE_VARIABLE = f"{PREFIX}PROFILE"
 FLAGS = ("profile", "model", "host", "port", "allreduce")  # settings of `serve run`
 WIDTH = 100
 EXIT = {
@@ -96,14 +94,12 @@ def make_target(arguments: argparse.Namespace, machine: Machine) -> Target:
     file = read_env_file(arguments.env_file) if here else {}
     variables = our_variables() if here else {}
     flags = {name: getattr(arguments, name) for name in FLAGS}
-    if not flags["profile"] and PROFILE_VARIABLE not in variables | file:
+    if not flags["profile"] and all_settings()["profile"].variable not in variables | file:
         flags["profile"] = GPU_PROFILE if has_gpu(machine) else CPU_PROFILE
     settings = resolve(flags, variables, file)
-    profile = settings.profile
-    of_profile = settings.sources["model"] is Source.PROFILE
     return Target(
-        profile,
-        REPOSITORY / profile.model if of_profile else Path(profile.model),
+        settings.profile,
+        settings.model,
         settings["host"],
         settings["port"],
         settings["allreduce"],
@@ -153,9 +149,7 @@ def add_doctor(commands: Any) -> None:
     known = all_settings()
     for name in FLAGS:
         parser.add_argument(known[name].flag, metavar="X", help=known[name].help)
-    parser.add_argument(
-        "--env-file", type=Path, metavar="FILE", default=Path(".env"), help="settings; .env"
-    )
+    add_env_file(parser)
     parser.add_argument("--no-probe", dest="probe", action="store_false", help="leave it out")
     parser.add_argument(
         "--no-verify", dest="verify", action="store_false", help="do not look into the checkpoint"
